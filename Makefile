@@ -1,0 +1,57 @@
+# make test | demo | check | quick | torture | format | clean      PYTHON=python3.13 chooses the interpreter
+# Each target sets up .venv by itself; a stamp file tells whether that is still to do.
+
+PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
+VENV   ?= .venv
+JOBS   ?= 2
+
+TAG   := $(shell $(PYTHON) -c "import sys; print('py%d%d' % sys.version_info[:2])" 2>/dev/null || echo missing)
+PINS  := constraints/$(TAG).txt
+BIN   := $(VENV)/bin/python
+STAMP := $(VENV)/ready-$(TAG)
+
+.PHONY: setup test check quick torture demo format clean
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+setup: $(STAMP)
+
+# torch comes first and alone: a plain requirement would take the newest, with gigabytes of CUDA libraries.
+# hatchling is installed from the pins too, so that no build fetches an unpinned one.
+$(STAMP): pyproject.toml $(PINS)
+	@$(BIN) -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$(TAG)')" 2>/dev/null \
+	  || $(PYTHON) -m venv --clear $(VENV)
+	@rm -f $(VENV)/ready-*
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) torch
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) hatchling editables
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) --no-build-isolation -e '.[dev,plot]'
+	@touch $@
+
+constraints/%.txt:
+	@echo "Bayou needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $*: choose one with make PYTHON=/path/to/python3.11" >&2
+	@exit 1
+
+test: check
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --cov --cov-report=term:skip-covered --cov-fail-under=90
+
+check: setup
+	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
+
+quick: setup
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m "not slow and not torture and not testbed"
+
+torture: setup
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m torture
+
+demo: setup
+	$(BIN) examples/demo.py $(ARGS)
+
+format: setup
+	$(BIN) -m ruff check --fix .
+	$(BIN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist demo-out htmlcov .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path "./.git/*" -prune -exec rm -rf {} +

@@ -1,0 +1,13 @@
+"""Bayou: many fine-tunes of one base, each a small, verified difference from it."""
+
+__version__ = "0.1.0"
+__all__ = ["BayouError", "DeltaFile", "attach", "compress", "detach", "evaluate", "inspect", "load", "restore", "verify"]
+
+# isort: off  (the names below shadow modules of the same name, so these imports must come last and all at once)
+from bayou.attach import attach, detach, load
+from bayou.compress import compress
+from bayou.deltafile import DeltaFile
+from bayou.errors import BayouError
+from bayou.evaluate import evaluate
+from bayou.report import inspect, verify
+from bayou.restore import restore

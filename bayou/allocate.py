@@ -1,0 +1,102 @@
+"""Ranks under a byte budget: the largest that fit, per matrix shape, every byte counted.
+
+All linears get the same bytes a weight; embeddings and heads get `embedding_rate` times that (their deltas are far
+more concentrated: LOG.md has the sweep). What the whole-rank steps leave over is handed out rank by rank at the end.
+A method without a rank takes what it takes, and the rest of the budget goes to the embeddings.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from bayou import methods
+from bayou.plan import SiteRecord
+
+TABLES = ("embedding", "head")
+"""Roles whose matrices are tables of tokens."""
+
+
+def with_rank(site: SiteRecord, rank: int) -> SiteRecord:
+    """The same site with its method's rank set, and the layout that follows."""
+    options = {key: value for key, value in site.options.items() if key != "rank"}
+    terms = methods.get(site.method).layout(site.shape, rank=rank, **options)
+    return replace(site, options=options | {"rank": rank}, terms=terms)
+
+
+def fixed(site: SiteRecord) -> SiteRecord:
+    """A site of a method without a rank, with its layout."""
+    return replace(site, terms=methods.get(site.method).layout(site.shape, **site.options))
+
+
+def paper_rank(shape: tuple[int, int], alpha: float, bands: list[tuple[int, int | None]]) -> int:
+    """Ranks by Delta-CoMe's own accounting: sum of bits * ranks = 16 alpha out in / (out + in), nothing else counted.
+
+    arXiv 2406.08903, section 3.3; 4096 x 4096 at alpha 1/16 and 8x2,3x32,2 gives 2 + 32 + 968.
+    """
+    left = 16 * alpha * shape[0] * shape[1] / (shape[0] + shape[1])
+    total = 0
+    for bits, ranks in bands:
+        take = int(left // bits) if ranks is None else min(ranks, int(left // bits))
+        total += take
+        left -= bits * take
+    return max(1, min(total, *shape))
+
+
+class _Solver:
+    """Largest rank of a site within some bytes; sites of one shape and method share the search."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[tuple[Any, ...], int] = {}
+
+    def size(self, site: SiteRecord, rank: int) -> int:
+        key = (site.shape, site.method, tuple(sorted((k, v) for k, v in site.options.items() if k != "rank")), rank)
+        if key not in self._sizes:
+            self._sizes[key] = with_rank(site, rank).nbytes
+        return self._sizes[key]
+
+    def rank(self, site: SiteRecord, nbytes: float) -> int:
+        low, high = 1, min(site.shape)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.size(site, middle) <= nbytes else (low, middle - 1)
+        return low
+
+
+def least(sites: list[SiteRecord]) -> list[SiteRecord]:
+    """The smallest that the sites can be: rank 1 wherever there is a rank."""
+    return [with_rank(site, 1) if methods.has_rank(site.method) else fixed(site) for site in sites]
+
+
+def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> list[SiteRecord]:
+    """Ranks for `sites` so that their entries take at most `budget` bytes together; `least(sites)` where none do.
+
+    embedding_rate: bytes a weight of embeddings and heads, relative to linears'.
+    """
+    solver = _Solver()
+    chosen = least(sites)
+    dialled = [i for i, site in enumerate(sites) if methods.has_rank(site.method)]
+    constant = sum(site.nbytes for site in chosen) - sum(chosen[i].nbytes for i in dialled)
+    weight = {i: embedding_rate if sites[i].role in TABLES else 1.0 for i in dialled}
+    if constant:  # only tables have a dial: then only their mutual proportions matter
+        weight = dict.fromkeys(dialled, 1.0)
+    if sum(site.nbytes for site in chosen) > budget:
+        return chosen
+
+    def ranks(rate: float) -> dict[int, int]:
+        return {i: solver.rank(sites[i], rate * weight[i] * sites[i].shape[0] * sites[i].shape[1]) for i in dialled}
+
+    low, high = 0.0, 8.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        total = constant + sum(solver.size(sites[i], rank) for i, rank in ranks(middle).items())
+        low, high = (middle, high) if total <= budget else (low, middle)
+    final = ranks(low)
+    left = budget - constant - sum(solver.size(sites[i], rank) for i, rank in final.items())
+    for step in (16, 8, 4, 2, 1):
+        for i in sorted(dialled, key=lambda i: (sites[i].role in TABLES, i)):
+            more = min(final[i] + step, *sites[i].shape)
+            cost = solver.size(sites[i], more) - solver.size(sites[i], final[i])
+            if cost <= left:
+                final[i], left = more, left - cost
+    for i, rank in final.items():
+        chosen[i] = with_rank(sites[i], rank)
+    return chosen

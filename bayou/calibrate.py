@@ -1,0 +1,388 @@
+"""What each linear's input looks like: second moments over some text, found layer by layer.
+
+`read_tokens` turns a text or JSONL file into windows of token ids; `walk` runs the model over them with one
+decoder layer's weights in memory at a time and hands every layer's second moments (grams) to a visitor, which
+may overwrite the layer with its compressed self: later layers then see what they will really be given.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from bayou.errors import BadInput
+from bayou.skeleton import decoder_layers
+
+_DOCUMENT = 2000  # characters: paragraphs of a text file are joined until a document has that many
+
+
+def read_text(path: Path) -> str:
+    """The UTF-8 text in `path`; BadInput where it cannot be read, or is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise BadInput(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def json_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield ("FILE, line N", record) for every line of a JSONL file that is not blank.
+
+    Raises:
+        BadInput: the file cannot be read, is not UTF-8, or a line is not a JSON object (its number is named).
+    """
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise BadInput(f"{where} is not JSON ({error}): a .jsonl file has one object a line") from None
+        if not isinstance(record, dict):
+            raise BadInput(f"{where} is a JSON {type(record).__name__}; it must be an object")
+        yield where, record
+
+
+def text_field(record: dict[str, Any], key: str, where: str) -> str:
+    """The string at `key` of a JSONL record; BadInput, with its place, if absent or not a string."""
+    if not isinstance(value := record.get(key), str):
+        have = f"it has {', '.join(record) or 'nothing'}" if key not in record else f"it is {value!r:.40}"
+        raise BadInput(f'{where}: "{key}" must be a string; {have}')
+    return value
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of `text` as it stands: nothing is put before or after it."""
+    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] for a tokenizer that starts every text with it, else []: such models are lost without it."""
+    return [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
+
+
+def read_tokens(
+    source: Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int, seed: int = 0
+) -> Tensor:
+    """Windows of token ids to calibrate with.
+
+    Args:
+        source: a text file (documents are runs of its paragraphs), or a .jsonl file whose lines have "text",
+            or "prompt" and "answer" (joined as they are), or "messages" (put through the chat template).
+            None takes the help texts that every Python carries (`pydoc_data.topics`, 0.46 million characters
+            of English): the second moments hardly depend on the text, and nothing need be downloaded.
+        tokens: how many tokens in all; rounded down to whole windows, one at least.
+        length: tokens a window, the bos token included where the tokenizer sets one before every text.
+        seed: the order in which the documents are taken; they are joined with the eos token.
+
+    Returns:
+        (windows, length) int64. Too little text gives fewer windows, or a single shorter one.
+
+    Raises:
+        BadInput: the source cannot be used, or has no text.
+    """
+    if tokens < 1 or length < 2:
+        raise BadInput(f"cannot calibrate on {tokens} tokens in windows of {length}: need 1 and 2 at least")
+    documents = _documents(source, tokenizer)
+    random.Random(seed).shuffle(documents)
+    start = opening(tokenizer)
+    body = length - len(start)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    wanted = max(1, tokens // length) * body
+    for document in documents:
+        stream += encode(tokenizer, document) + end
+        if len(stream) >= wanted:
+            break
+    if len(stream) < 2:
+        raise BadInput(f"{source} has no text to calibrate with")
+    body = min(body, len(stream))
+    count = min(wanted, len(stream)) // body
+    return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
+
+
+def walk(
+    model: PreTrainedModel,
+    ids: Tensor,
+    *,
+    fill: Callable[[int | None], None],
+    empty: Callable[[int], None],
+    visit: Callable[[int, dict[str, Tensor]], None],
+    batch: int = 8,
+    device: torch.device | str = "cpu",
+    keep: Literal["finetuned", "compressed"] = "finetuned",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Run `model` over `ids` once, a decoder layer at a time, and show each layer's input moments to `visit`.
+
+    The model's own forward runs with all windows as one batch, so that masks, rotary embeddings and kinds of
+    layer are its own; for the time of the walk a stand-in in each decoder layer's place fills the layer, runs
+    it over `batch` windows at a time and empties it. In memory at the peak: the hidden states of all windows,
+    the activations of `batch` windows in one layer, one layer's weights and grams, what fill(None) holds.
+
+    A gram is the sum over tokens of x x^T, (in, in) fp32, of the input x of an nn.Linear, a Conv1D, a router
+    or a module of merged experts (all experts' first matrices share its input; their second have none).
+    Modules that are given the same x (q, k and v; gate and up) have the same gram, as one tensor object.
+
+    Args:
+        model: the fine-tune, its weights wherever `fill` finds them (a meta skeleton, or all of it loaded).
+        ids: (windows, length) int64, without padding; one window is dropped where the two are equal, since
+            a batch is told from a sequence by its size.
+        fill: fill(i) makes layer i's weights ready on `device`, fill(None) all outside the layers (it stays).
+        empty: empty(i) lets layer i go; called also when something in the layer failed.
+        visit: visit(i, {module path in the model: gram}); an untied head comes last, as i = number of layers.
+            With keep="compressed" it overwrites the parameters of layer i by the compressed ones.
+        batch: windows a step.
+        device: where the ids are put, and so where the model runs.
+        keep: what the next layer is given: the outputs of the fine-tune's layer, or those of the layer as
+            `visit` left it (it runs twice).
+        progress: progress(layers done, layers).
+
+    Raises:
+        BadInput: `keep` is neither word, or the windows are longer than the model's positions.
+        Whatever fill, visit, empty or the model raise; every stand-in is gone by then.
+    """
+    if keep not in ("finetuned", "compressed"):
+        raise BadInput(f'keep must be "finetuned" or "compressed", not {keep!r}')
+    windows, length = ids.shape
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and length > most:
+        raise BadInput(f"windows of {length} tokens are too long: the model has {most} positions")
+    if windows == length and windows > 1:
+        windows -= 1
+    # Up to 4 windows go at once: an axis of that size may also be Qwen2-VL's kinds of position, never cut.
+    step = windows if windows <= 4 else batch
+    path, layers = decoder_layers(model)
+    inner = list(layers)  # the layers themselves, while stand-ins take their places
+    head = _own_head(model)
+    fill(None)
+
+    def run(i: int, hidden: Tensor, args: Any, kwargs: Any, grams: _Grams | None, over: bool) -> Any:
+        """Layer i over all windows, a step at a time; `over`: its outputs take the place of its inputs."""
+        for start in range(0, windows, step):
+            part = slice(start, start + step)
+            out = inner[i](hidden[part], *_cut(args, windows, part), **_cut(kwargs, windows, part))
+            if over:
+                hidden[part] = out[0] if isinstance(out, tuple) else out
+            if grams is not None:
+                grams.end_of_step()
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+    def layer(i: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # From here on the layer is in its own place again, where fill, visit and empty look for it.
+        stand_ins.restore(f"{path}.{i}")
+        last = i == len(inner) - 1 and head is None  # nobody wants its outputs
+        try:
+            fill(i)
+            with _Grams(inner[i], f"{path}.{i}") as grams:
+                out = run(i, hidden, args, kwargs, grams, over=keep == "finetuned" and not last)
+            visit(i, grams.named)
+            if keep == "compressed" and not last:
+                out = run(i, hidden, args, kwargs, None, over=True)
+        finally:
+            empty(i)
+        if progress is not None:
+            progress(i + 1, len(inner))
+        if last:
+            raise _Done
+        return out
+
+    def norm(module: nn.Module, hidden: Tensor) -> Tensor:
+        # In place and a step at a time: a norm's temporaries are several times its input.
+        for part in hidden.split(step):
+            part.copy_(module(part))
+        return hidden
+
+    head_grams = _Grams(model, "")
+
+    def end(hidden: Tensor) -> None:
+        for part in hidden.split(step):
+            head_grams.add(str(head), part)
+            head_grams.end_of_step()
+        raise _Done
+
+    with torch.no_grad(), _StandIns(model) as stand_ins:
+        for i in range(len(inner)):
+            stand_ins.put(f"{path}.{i}", partial(layer, i))
+        if head is not None:
+            stand_ins.put(head, end)
+            decoder = path.rpartition(".")[0]
+            for name, child in list(model.get_submodule(decoder).named_children()):
+                if "norm" in type(child).__name__.lower():
+                    stand_ins.put(f"{decoder}.{name}".lstrip("."), partial(norm, child))
+        with suppress(_Done):
+            model(input_ids=ids[:windows].to(device), use_cache=False)
+    if head is not None:
+        visit(len(inner), head_grams.named)
+
+
+class _Done(Exception):
+    """Nothing after this point of the forward is needed."""
+
+
+class _StandIn(nn.Module):
+    """Runs a function in a module's place and passes for it: any other attribute is the module's."""
+
+    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
+        super().__init__()
+        # Not a child: the paths of the model's modules and parameters stay as they are.
+        self.__dict__["_module"], self.__dict__["_function"] = module, function
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_module"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.__dict__["_function"](*args, **kwargs)
+
+
+class _StandIns:
+    """Stand-ins in a model; at the end, whatever happened, every module is in its own place again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._originals: dict[str, nn.Module] = {}
+
+    def __enter__(self) -> _StandIns:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for path in list(self._originals):
+            self.restore(path)
+
+    def put(self, path: str, function: Callable[..., Any]) -> None:
+        """Let `function` run in the place of the module at `path`."""
+        self._originals[path] = self._model.get_submodule(path)
+        self._set(path, _StandIn(self._originals[path], function))
+
+    def restore(self, path: str) -> None:
+        """Put the module that belongs at `path` there."""
+        self._set(path, self._originals.pop(path))
+
+    def _set(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self._model.get_submodule(parent), name, module)
+
+
+def _cut(value: Any, windows: int, part: slice) -> Any:
+    """The slice `part` of every tensor in `value` that holds all windows: on axis 0, or 1 (Qwen2-VL)."""
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape[0] == windows:
+            return value[part]
+        return value[:, part] if value.ndim > 2 and value.shape[1] == windows else value
+    if isinstance(value, dict):
+        return {key: _cut(item, windows, part) for key, item in value.items()}
+    return (
+        type(value)(_cut(item, windows, part) for item in value) if isinstance(value, tuple | list) else value
+    )
+
+
+def _own_head(model: PreTrainedModel) -> str | None:
+    """The path of the output embedding, if it has a weight of its own (not the input embedding's)."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is table.weight:
+        return None
+    return next(path for path, module in model.named_modules() if module is head)
+
+
+class _Grams:
+    """Sums x x^T over the tokens x that the linears inside `root` (at `path` in the model) are given."""
+
+    def __init__(self, root: nn.Module, path: str) -> None:
+        self.named: dict[str, Tensor] = {}
+        self._root, self._path = root, path
+        self._hooks: list[Any] = []
+        self._seen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
+
+    def __enter__(self) -> _Grams:
+        for name, module in self._root.named_modules():
+            if _takes_vectors(module):
+                hook = self._hook(f"{self._path}.{name}")
+                self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self.end_of_step()
+
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+                self.add(name, x)
+
+        return hook
+
+    def add(self, name: str, x: Tensor) -> None:
+        """Add the tokens of x (..., in) to the gram of `name`, shared with whoever was given x before."""
+        # The same place in memory in the same step (in which every x is kept, so that no place is used twice)
+        # is the same input: q, k and v are given one tensor, a router and its experts two views of one.
+        version = 0 if x.is_inference() else x._version
+        key = (x.data_ptr(), x.numel(), x.shape[-1], x.stride()[-2:], version)
+        if key in self._seen:
+            self.named.setdefault(name, self._seen[key][1])
+            return
+        flat = x.reshape(-1, x.shape[-1]).float()
+        gram = self.named.get(name)
+        if gram is None:
+            gram = self.named[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        # One fp32 sum, no copy of the gram: some hundred steps add 1e-5 of rounding at the very most.
+        gram.addmm_(flat.T, flat)
+        self._seen[key] = (x, gram)
+
+    def end_of_step(self) -> None:
+        """Forget the inputs of this step."""
+        self._seen.clear()
+
+
+def _takes_vectors(module: nn.Module) -> bool:
+    """Is the module's first argument multiplied by a matrix: a linear, a Conv1D, a router, merged experts?"""
+    if isinstance(module, nn.Linear | Conv1D):
+        return True
+    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
+        return False
+    own = dict(module.named_parameters(recurse=False))
+    return any(p.ndim == 3 for p in own.values()) or ("weight" in own and own["weight"].ndim == 2)
+
+
+def _documents(source: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    if source is None:
+        from pydoc_data.topics import topics  # half a megabyte, wanted here only
+
+        return [topics[name] for name in sorted(topics)]
+    if Path(source).suffix == ".jsonl":
+        return [_document(record, where, tokenizer) for where, record in json_lines(source)]
+    documents = [""]
+    for paragraph in read_text(source).split("\n\n"):
+        if len(documents[-1]) >= _DOCUMENT:
+            documents.append("")
+        documents[-1] += "\n\n" + paragraph if documents[-1] else paragraph
+    return [document for document in documents if document.strip()]
+
+
+def _document(record: dict[str, Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if "text" in record:
+        return text_field(record, "text", where)
+    if "prompt" in record:
+        return text_field(record, "prompt", where) + text_field(record, "answer", where)
+    if "messages" not in record:
+        have = ", ".join(record) or "nothing"
+        raise BadInput(f'{where} has neither "text" nor "prompt" and "answer" nor "messages"; it has {have}')
+    if tokenizer.chat_template is None:
+        raise BadInput(f'{where} has "messages", but the tokenizer has no chat template: give "text" instead')
+    try:
+        return tokenizer.apply_chat_template(record["messages"], tokenize=False)
+    except Exception as error:  # templates raise whatever their author chose, on whatever they dislike
+        raise BadInput(f"{where}: the chat template refuses the messages: {error}") from error

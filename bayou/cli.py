@@ -1,0 +1,247 @@
+"""The command line: `bayou compress | inspect | verify | restore | eval`."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bayou import methods
+from bayou.errors import BadInput, BayouError, TooSmall
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Fine-tuned LLMs as small, verified differences from their base.",
+)
+_screen = Console(stderr=True)
+
+Base = Annotated[str, typer.Argument(help="The base: a model folder or a Hub id.")]
+DeltaPath = Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file.")]
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on a line of its own.")]
+
+
+def _value(text: str) -> Any:
+    """An option's value as the method's signature wants it: number, true/false, or text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _options(pairs: list[str] | None) -> dict[str, Any]:
+    chosen = {}
+    for pair in pairs or []:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise BadInput(f"--option {pair!r}: write NAME=VALUE, e.g. --option group=64")
+        chosen[key.replace("-", "_")] = _value(value)
+    return chosen
+
+
+@app.command(epilog="Example: bayou compress org/base ./my-finetune -o math.bayou --method deltacome --ratio 16")
+def compress(
+    base: Base,
+    finetuned: Annotated[str, typer.Argument(help="The fine-tune: a model folder or a Hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(methods.names())}.")] = "deltacome",
+    ratio: Annotated[float | None, typer.Option(help="Bytes of the fine-tune over bytes of the file; 16 unless given.")] = None,
+    budget: Annotated[str | None, typer.Option(help="The file's size instead, e.g. 350MB.")] = None,
+    bands: Annotated[str | None, typer.Option(help="deltacome: BITSxRANKS,...; the last band takes the rest.")] = None,
+    bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
+    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="deltacome: refit U to the rounded V.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Any other option of the method, NAME=VALUE.")] = None,
+    accounting: Annotated[str, typer.Option(help="file (every byte) or paper (Delta-CoMe's nominal bits).")] = "file",
+    keep: Annotated[str, typer.Option(help="Stored exactly: embeddings,heads,norms,biases,linears,experts or patterns.")] = "",
+    embedding_rate: Annotated[float | None, typer.Option(help="Bytes a weight of embeddings, relative to linears.")] = None,
+    embedding_option: Annotated[list[str] | None, typer.Option(help="How embeddings are coded, e.g. bits=4.")] = None,
+    calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    activations: Annotated[str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")] = "finetuned",
+    distill_steps: Annotated[int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
+    base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
+    revision: Annotated[str | None, typer.Option(help="The fine-tune's revision on the Hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a fine-tune as one small file of differences from its base."""
+    from bayou.compress import EMBEDDING_RATE
+    from bayou.compress import compress as run
+    from bayou.restore import parse_size
+
+    chosen = _options(option)
+    chosen |= {k: v for k, v in {"bands": bands, "bits": bits, "refit": refit}.items() if v is not None}
+    if accounting not in ("file", "paper") or activations not in ("finetuned", "compressed"):
+        raise BadInput(f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed")
+    tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
+    with _Bars() as bars:
+        report = run(
+            base,
+            finetuned,
+            out,
+            method=method,
+            options=chosen,
+            ratio=ratio,
+            budget=parse_size(budget) if budget else None,
+            accounting=accounting,  # type: ignore[arg-type]
+            keep=tuple(word.strip() for word in keep.split(",") if word.strip()),
+            embedding_rate=EMBEDDING_RATE if embedding_rate is None else embedding_rate,
+            embedding_options=tables,
+            calibration=calibration,
+            tokens=tokens,
+            length=length,
+            activations=activations,  # type: ignore[arg-type]
+            distill_steps=distill_steps,
+            seed=seed,
+            device=device,
+            base_revision=base_revision,
+            revision=revision,
+            progress=bars.show,
+        )
+    errors = ", ".join(f"{role} {error:.3f}" for role, error in report.errors.items())
+    print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
+    print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
+    print(f"  relative error of the delta: {errors or 'none'}")
+    print("  seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in report.steps.items()))
+    _finish(as_json, report.json())
+
+
+@app.command(epilog="Example: bayou inspect math.bayou --plot spectrum.png")
+def inspect(
+    file: DeltaPath,
+    plot: Annotated[Path | None, typer.Option(help="Draw the singular spectrum with its bit bands there.")] = None,
+    site: Annotated[str | None, typer.Option(help="With --plot: draw this matrix.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what a file holds: bytes by kind of tensor, bits, ranks, captured energy."""
+    from bayou import report
+
+    found = report.inspect(file)
+    Console().print(report.table(found))
+    if plot is not None:
+        report.plot(file, plot, site)
+        print(f"drawn: {plot}")
+    _finish(as_json, found)
+
+
+@app.command(epilog="Example: bayou verify math.bayou --base org/base")
+def verify(
+    file: DeltaPath,
+    base: Annotated[str | None, typer.Option(help="Also rehash this base and compare.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check every byte of a file, and with --base that the base is the right one."""
+    from bayou import report
+
+    found = report.verify(file, base)
+    against = f", and {found['base_tensors']} tensors of the base are the right ones" if base else ""
+    print(f"{file}: sound; {found['entries']} entries, {found['bytes']:,} bytes, root {found['root'][:16]}{against}")
+    _finish(as_json, found)
+
+
+@app.command(epilog="Example: bayou restore org/base math.bayou -o ./math --dtype float16")
+def restore(
+    base: Base,
+    file: DeltaPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's own unless given.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Larger models are cut into shards of this size.")] = "5GB",
+    as_json: Json = False,
+) -> None:
+    """Write the fine-tune as an ordinary Hugging Face folder."""
+    from bayou.restore import restore as run
+
+    folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    print(f"{folder}: {size:,} bytes of weights")
+    _finish(as_json, {"path": str(folder), "bytes": size})
+
+
+@app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
+def evaluate(
+    base: Base,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored folder.")],
+    finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
+    data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
+    rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from bayou.attach import load
+    from bayou.checkpoint import resolve
+    from bayou.evaluate import evaluate as run
+    from bayou.evaluate import table
+
+    folder = resolve(finetuned)
+    reference = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval().to(device)
+    if file.is_dir():
+        candidate = AutoModelForCausalLM.from_pretrained(str(file), dtype=torch.float32).eval().to(device)
+    else:
+        candidate = load(base, file, device=device)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
+    Console().print(table(found))
+    _finish(as_json, found)
+
+
+class _Bars:
+    """Progress bars on stderr, one a step of the work; nothing where stderr is no terminal."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        self._progress = Progress(*columns, console=_screen, disable=not _screen.is_terminal)
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, step: str, done: int, total: int) -> None:
+        if step not in self._tasks:
+            self._tasks[step] = self._progress.add_task(step, total=total)
+        self._progress.update(self._tasks[step], completed=done, total=total)
+
+
+def _finish(as_json: bool, found: dict[str, Any]) -> None:
+    if as_json:
+        print(json.dumps(found))
+
+
+def _fail(error: BayouError, as_json: bool) -> NoReturn:
+    _screen.print(f"bayou: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        found: dict[str, Any] = {"error": type(error).__name__, "message": str(error)}
+        if isinstance(error, TooSmall):
+            found["least"] = error.least
+        print(json.dumps(found))
+    sys.exit(1)
+
+
+def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> None:
+    """Run the command line. Exit codes: 0 done, 1 an error of the input (printed), 2 wrong usage, 130 Ctrl-C."""
+    words = sys.argv[1:] if arguments is None else arguments
+    try:
+        run(words, prog_name="bayou", standalone_mode=True)
+    except BayouError as error:
+        _fail(error, "--json" in words)
+    except (KeyboardInterrupt, SystemExit) as stop:  # typer makes a SystemExit of 130 of a Ctrl-C
+        if isinstance(stop, SystemExit) and stop.code != 130:
+            raise
+        kept = "; what is encoded so far is kept, run the same command to go on" if "compress" in words[:1] else ""
+        _screen.print(f"bayou: stopped{kept}", style="yellow", soft_wrap=True)
+        sys.exit(130)

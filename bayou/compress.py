@@ -1,0 +1,437 @@
+"""From a base and a fine-tune to one small file. START READING HERE.
+
+    take stock of every tensor        inventory.take
+    choose ranks for the budget       allocate.allocate
+    walk the layers, encode           calibrate.walk, methods.NAME.encode
+    fit the scales (BitDelta)         distill.fit
+    write, atomically                 deltafile.Contents.write
+
+Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and a killed run goes on where it was.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor
+
+from bayou import __version__, allocate, calibrate, clock, distill, inventory, methods, sidecar, skeleton
+from bayou.checkpoint import Checkpoint, resolve
+from bayou.delta import Delta, Term
+from bayou.deltafile import Contents, DeltaFile, pack_terms, unpack_terms
+from bayou.errors import BadInput, BayouError, TooSmall
+from bayou.journal import Journal
+from bayou.methods import Gram, Site
+from bayou.methods.deltacome import parse_bands
+from bayou.plan import SiteRecord
+
+EMBEDDING_RATE = 0.5
+"""Bytes a weight of embeddings and heads, relative to the linears' (LOG.md has the sweep)."""
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came of a compression. ratio: bytes of the fine-tune's weight files over bytes of the file.
+
+    steps: seconds of each step. errors: relative Frobenius error of the delta by role, over all sites of it.
+    """
+
+    path: str
+    method: str
+    bytes: int
+    ratio: float
+    sites: int
+    exact: int
+    unchanged: int
+    seconds: float
+    steps: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def json(self) -> dict[str, Any]:
+        """The report as plain data."""
+        return asdict(self)
+
+
+def compress(
+    base: str | Path,
+    finetuned: str | Path,
+    out: str | Path,
+    *,
+    method: str = "deltacome",
+    options: dict[str, Any] | None = None,
+    ratio: float | None = None,
+    budget: int | None = None,
+    accounting: Literal["file", "paper"] = "file",
+    keep: tuple[str, ...] = (),
+    embedding_rate: float = EMBEDDING_RATE,
+    embedding_options: dict[str, Any] | None = None,
+    calibration: str | Path | None = None,
+    tokens: int | None = None,
+    length: int = 512,
+    activations: Literal["finetuned", "compressed"] = "finetuned",
+    distill_steps: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    base_revision: str | None = None,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Report:
+    """Write the file `out` by which `restore` and `load` make `finetuned` from `base`.
+
+    Args:
+        base, finetuned: model folders or Hub ids; base_revision, revision: their Hub revisions.
+        method: a name of `methods.names()`; options: its keyword arguments, e.g. {"bands": "8x2,3x32,2"}.
+        ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given).
+        budget: the same as a number of bytes. A method of one size (bitdelta) may leave some of it unused.
+        accounting: "paper" takes Delta-CoMe's nominal budget instead, 16 / ratio bits a weight of each linear in
+            codes alone, with embeddings and all else exact; the file is then larger than its ratio.
+        keep: what is stored exactly: embeddings, heads, norms, biases, linears, experts, or patterns of names.
+        embedding_rate: bytes a weight of embeddings relative to linears'. embedding_options: {"method": ..., ...}.
+        calibration: a text or .jsonl file (see calibrate.read_tokens); "none" goes without; None takes English text
+            that Python carries. tokens: 32,768 on the CPU and 262,144 on a GPU unless given; length: of a window.
+        activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
+        distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
+
+    Raises:
+        TooSmall: the size cannot be reached; names the least that can. BadInput, Unsupported, JournalMismatch, and
+        BayouError for a full disk. Nothing is left at `out` then, or the old file is untouched.
+    """
+    started = time.perf_counter()
+    with clock.measuring() as steps:
+        job = _Job(base, finetuned, Path(out), base_revision, revision, device, progress or (lambda *_: None))
+        chosen = methods.check(method, options or {})
+        tables = embedding_options or methods.get(method).EMBEDDINGS
+        if accounting == "paper":
+            keep = (*keep, "embeddings")
+        with clock.step("take stock"):
+            job.take_stock(method, chosen, tables, keep)
+        if accounting == "paper":
+            job.paper_ranks(ratio or 16.0)
+        else:
+            job.allocate(ratio, budget, embedding_rate)
+        needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
+        windows = job.windows(calibration, tokens, length, seed) if needs else None
+        own = getattr(methods.get(method), "DISTILL_STEPS", 0)
+        distil = own if distill_steps is None else distill_steps
+        text = job.windows(calibration, distil * distill.BATCH * distill.LENGTH, distill.LENGTH, seed) if distil else None
+        with Journal(job.out, job.key(windows, activations, text, distil)) as journal:
+            job.encode(journal, windows, activations)
+            gains = job.distil(journal, text, distil) if text is not None else {}
+            with clock.step("write"):
+                size = job.write(journal, job.out, gains)
+            journal.finish()
+        steps_now = dict(steps)
+    errors = job.errors_by_role()
+    seconds = time.perf_counter() - started
+    counts = (len(job.sites), len(job.contents.exact), len(job.contents.unchanged))
+    return Report(str(out), method, size, job.tuned.nbytes / size, *counts, seconds, steps_now, errors)
+
+
+class _Job:
+    """One compression: the two checkpoints, what stands for each tensor, and the steps in their order."""
+
+    def __init__(
+        self,
+        base: str | Path,
+        finetuned: str | Path,
+        out: Path,
+        base_revision: str | None,
+        revision: str | None,
+        device: str,
+        progress: Progress,
+    ) -> None:
+        if not out.parent.is_dir():
+            raise BadInput(f"{out.parent} is not a folder; make it first")
+        if out.is_dir():
+            raise BadInput(f"{out} is a folder; give the name of a file, e.g. {out / 'delta.bayou'}")
+        self.out, self.device, self.progress = out, device, progress
+        self.base_id, self.revision = ("" if Path(base).is_dir() else str(base)), base_revision or ""
+        self.base, self.tuned = Checkpoint(resolve(base, base_revision)), Checkpoint(resolve(finetuned, revision))
+        for folder in (self.base.folder, self.tuned.folder):
+            if out.exists() and out.suffix != ".bayou" and out.parent.resolve() == folder.resolve():
+                raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
+        self.model = skeleton.build(self.tuned.folder)
+        self.places = skeleton.places(self.model, self.tuned.names())
+        self.errors: dict[int, float] = {}
+
+    # ------------------------------------------------------------------------------------------ the Plan
+
+    def take_stock(self, method: str, options: dict[str, Any], tables: dict[str, Any], keep: tuple[str, ...]) -> None:
+        base_places = skeleton.places(skeleton.build(self.base.folder), self.base.names())
+        matched = inventory.match(self.base, self.tuned, base_places, self.places)
+        if not matched:
+            raise BadInput(f"no tensor of {self.tuned.folder} has a counterpart in {self.base.folder}; is it the right base?")
+        found = inventory.take(
+            self.base, self.tuned, matched, self.places, method=method, options=options, embedding_options=tables, keep=keep
+        )
+        used = {site.reference for site in found.sites if site.reference is not None} | set(found.unchanged)
+        old, new = sidecar.carried(self.base.folder), sidecar.carried(self.tuned.folder)
+        same = {name: sidecar.digest(content) for name, content in new.items() if old.get(name) == content}
+        differing = {name: sidecar.difference(old.get(name), new[name]) for name in new if name not in same}
+        self.contents = Contents(
+            sites=found.sites,
+            exact=found.exact,
+            unchanged=found.unchanged,
+            base_id=self.base_id,
+            revision=self.revision,
+            used=self.base.fingerprints(sorted(used)),
+            files=same,
+            changed_files=differing,
+        )
+
+    @property
+    def sites(self) -> list[SiteRecord]:
+        return self.contents.sites
+
+    def allocate(self, ratio: float | None, budget: int | None, embedding_rate: float) -> None:
+        if ratio is not None and budget is not None:
+            raise BadInput(f"give a ratio ({ratio}) or a budget ({budget:,} bytes), not both")
+        if ratio is not None and not ratio > 0:
+            raise BadInput(f"ratio {ratio}: a number above 0 is needed, e.g. 16")
+        limit = budget if budget is not None else int(self.tuned.nbytes / (ratio or 16.0))
+        what = f"--budget {budget:,}" if budget is not None else f"--ratio {ratio or 16.0:g}"
+        coded = [i for i, site in enumerate(self.sites) if site.method]
+
+        def planned(picked: list[SiteRecord]) -> Contents:
+            sites = list(self.sites)
+            for i, site in zip(coded, picked, strict=True):
+                sites[i] = site
+            return replace(self.contents, sites=sites)
+
+        plain = [self.sites[i] for i in coded]
+        smallest = planned(allocate.least(plain))
+        size = smallest.nbytes()
+        room = size - sum(site.nbytes for site in smallest.sites)
+        if size > limit:
+            raise TooSmall(
+                f"{what} is {limit:,} bytes, but the least that this method can make of this model is {size:,} bytes "
+                f"({room:,} of them exact tensors and header); ask for a larger file, or choose another method",
+                size,
+            )
+        # The header grows a little with the variety of ranks, so the room for it is found by trying.
+        for _ in range(20):
+            trial = planned(allocate.allocate(plain, limit - room, embedding_rate=embedding_rate))
+            if trial.nbytes() <= limit:
+                self.contents = trial
+                return
+            room += trial.nbytes() - limit
+        self.contents = smallest
+
+    def paper_ranks(self, ratio: float) -> None:
+        sites = []
+        for site in self.sites:
+            if not site.method:
+                sites.append(site)
+            elif methods.has_rank(site.method):
+                bands = parse_bands(site.options.get("bands", "16"))
+                sites.append(allocate.with_rank(site, allocate.paper_rank(site.shape, 1 / ratio, bands)))
+            else:
+                sites.append(allocate.fixed(site))
+        self.contents = replace(self.contents, sites=sites)
+
+    # ------------------------------------------------------------------------------------------ calibration
+
+    def windows(self, calibration: str | Path | None, tokens: int | None, length: int, seed: int) -> Tensor | None:
+        if calibration == "none":
+            return None
+        if tokens is None:
+            tokens = 32_768 if self.device == "cpu" else 262_144
+        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length
+        tokenizer = self.tokenizer()
+        source = None if calibration is None else Path(calibration)
+        return calibrate.read_tokens(source, tokenizer, tokens=tokens, length=min(length, most), seed=seed)
+
+    def tokenizer(self) -> Any:
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(self.tuned.folder))
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(
+                f"{self.tuned.folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
+                "copy the base's tokenizer files there, or compress with --calibration none"
+            ) from None
+
+    def key(self, windows: Tensor | None, activations: str, text: Tensor | None, distil: int) -> str:
+        """What determines the bytes: inputs, Plan, calibration, versions, device and threads."""
+        hashes = self.tuned.fingerprints(self.tuned.names())
+        calibration = [
+            None if ids is None else [*ids.shape, hashlib.sha256(ids.numpy().tobytes()).hexdigest()] for ids in (windows, text)
+        ]
+        parts = [
+            __version__,
+            torch.__version__,
+            transformers.__version__,
+            self.device,
+            torch.get_num_threads(),
+            self.contents.metadata(),
+            {name: value.hex() for name, value in sorted(hashes.items())},
+            calibration,
+            activations,
+            distil,
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    # ------------------------------------------------------------------------------------------ encoding
+
+    def encode(self, journal: Journal, windows: Tensor | None, activations: Literal["finetuned", "compressed"]) -> None:
+        free = shutil.disk_usage(self.out.parent).free
+        if free < 2 * self.contents.nbytes():
+            need = 2 * self.contents.nbytes()
+            journal.finish()
+            raise BayouError(f"{self.out.parent} has {free:,} bytes free, {need:,} are needed (file and journal); free some space")
+        todo = set(range(len(self.sites)))
+        layers_path, layers = skeleton.decoder_layers(self.model) if windows is not None else ("", [])
+        by_layer: dict[int, list[int]] = {}
+        for index, site in enumerate(self.sites):
+            place = self.places.get(site.tensor)
+            if windows is not None and site.method and place and place.path.startswith(layers_path + "."):
+                by_layer.setdefault(int(place.path[len(layers_path) + 1 :].split(".")[0]), []).append(index)
+        pending = [i for indexes in by_layer.values() for i in indexes if journal.get(i) is None]
+        if windows is not None and pending:
+
+            def fill(layer: int | None) -> None:
+                with clock.step("read layers"):
+                    skip = layers_path if layer is None else None
+                    prefix = "" if layer is None else f"{layers_path}.{layer}"
+                    skeleton.fill(self.model, prefix, self.places, self.tuned.read, device=self.device, skip=skip)
+
+            def visit(layer: int, grams: dict[str, Tensor]) -> None:
+                shared: dict[int, Gram] = {}
+                for index in by_layer.get(layer, []):
+                    gram = grams.get(self._gram_key(index))
+                    wrapped = None if gram is None else shared.setdefault(id(gram), Gram(gram))
+                    self._encode(journal, index, wrapped)
+                    todo.discard(index)
+                    if activations == "compressed":
+                        self._overwrite(journal, index)
+
+            with clock.step("calibrate"):
+                calibrate.walk(
+                    self.model,
+                    windows,
+                    fill=fill,
+                    empty=lambda layer: skeleton.empty(layers[layer]),
+                    visit=visit,
+                    device=self.device,
+                    keep=activations,
+                    progress=lambda done, total: self.progress("layers", done, total),
+                )
+            skeleton.empty(self.model)
+        for done, index in enumerate(sorted(todo)):
+            self._encode(journal, index, None)
+            self.progress("matrices", done + 1, len(todo))
+
+    def _gram_key(self, index: int) -> str:
+        """The module whose input the site multiplies; merged experts' second matrices have an input of their own."""
+        place = self.places[self.sites[index].tensor]
+        module, _, leaf = place.path.rpartition(".")
+        return "" if place.role == "expert" and "down" in leaf else module
+
+    def _encode(self, journal: Journal, index: int, gram: Gram | None) -> None:
+        site = self.sites[index]
+        if (done := journal.get(index)) is not None:
+            self.errors[index] = done[1]
+            return
+        if not site.method:
+            journal.put(index, b"", 0.0)
+            self.errors[index] = 0.0
+            return
+        matrix = inventory.delta_matrix(site, self.base, self.tuned, self.device)
+        with clock.step("encode"):
+            terms = methods.get(site.method).encode(Site(site.name, matrix, site.role, gram), **site.options)
+        found = tuple(methods.layout_of(term) for term in terms)
+        if found != site.terms:
+            raise AssertionError(f"{site.name}: method {site.method} promised {site.terms}, made {found}")
+        with clock.step("measure error"):
+            error = _relative_error(matrix.blocks(), Delta(site.shape, terms))
+        self.errors[index] = error
+        journal.put(index, pack_terms(terms), error)
+
+    def _delta(self, journal: Journal, index: int) -> Delta:
+        site, done = self.sites[index], journal.get(index)
+        assert done is not None  # every site has been encoded by now
+        buffer = torch.frombuffer(bytearray(done[0]) or bytearray(1), dtype=torch.uint8)
+        return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
+
+    def _overwrite(self, journal: Journal, index: int) -> None:
+        """Put the compressed weight in the skeleton, where the fine-tune's lies, so that the next layer sees it."""
+        site, place = self.sites[index], self.places[self.sites[index].tensor]
+        if place.converted or site.reference is None:
+            return  # computed from several tensors: the fine-tune's own stays
+        rows = inventory.read_matrix(self.base, site.reference, site.reference_part, site, 0, site.shape[0])
+        weight = self._delta(journal, index).restore(rows, torch.float32)
+        parameter = self.model.get_parameter(place.path)
+        part = parameter if place.index is None else parameter[place.index]
+        part = part if site.part is None else part[site.part]
+        part[: site.disk_shape[0]].copy_((weight.T if site.transposed else weight).reshape(site.disk_shape))
+
+    def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:
+        """Fitted gains by site; works on the file as it is so far, written beside the journal's sites."""
+        draft = journal.folder / "draft.bayou"
+        self.write(journal, draft, {})
+        with clock.step("distil"):
+            gains = distill.fit(
+                self.base.folder,
+                self.tuned,
+                DeltaFile(draft),
+                text,
+                steps=steps,
+                device=self.device,
+                progress=lambda done, total: self.progress("distil", done, total),
+            )
+        index = {site.name: i for i, site in enumerate(self.sites)}
+        return {index[name]: values for name, values in gains.items()}
+
+    # ------------------------------------------------------------------------------------------ the file
+
+    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]]) -> int:
+        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes."""
+
+        def fitted(index: int) -> tuple[Term, ...]:
+            terms = self._delta(journal, index).terms
+            return tuple(replace(term, gain=gain) for term, gain in zip(terms, gains[index], strict=True))
+
+        def blob(index: int) -> bytes:
+            if index in gains:
+                return pack_terms(fitted(index))
+            done = journal.get(index)
+            assert done is not None  # every site has been encoded by now
+            return done[0]
+
+        for index in gains:
+            site = self.sites[index]
+            matrix = inventory.delta_matrix(site, self.base, self.tuned, "cpu")
+            self.errors[index] = _relative_error(matrix.blocks(), Delta(site.shape, fitted(index)))
+        return self.contents.write(path, blob, [self.errors[i] for i in range(len(self.sites))])
+
+    def errors_by_role(self) -> dict[str, float]:
+        """Root mean square over sites, weighted by their numbers of weights."""
+        sums: dict[str, list[float]] = {}
+        for index, site in enumerate(self.sites):
+            if site.method:
+                total = sums.setdefault(site.role, [0.0, 0.0])
+                weights = site.shape[0] * site.shape[1]
+                total[0] += weights * self.errors[index] ** 2
+                total[1] += weights
+        return {role: (total / count) ** 0.5 for role, (total, count) in sums.items()}
+
+
+def _relative_error(blocks: Any, delta: Delta) -> float:
+    """||delta - coded|| / ||delta||, Frobenius."""
+    lost = total = 0.0
+    for start, block in blocks:
+        for first in range(0, len(block), 4096):
+            rows = block[first : first + 4096]
+            coded = delta.materialize(start + first, start + first + len(rows))
+            lost += float((rows.double() - coded.to(rows.device)).square().sum())
+            total += float(rows.double().square().sum())
+    return (lost / total) ** 0.5 if total else 0.0
+

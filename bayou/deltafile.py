@@ -1,0 +1,412 @@
+"""The .bayou file: written once, atomically; read lazily, every byte checked. README.md specifies it byte by byte.
+
+    8 bytes, header    safetensors; __metadata__ has format, version, base, plan, unchanged, files
+    sites              one U8 entry a coded matrix, in the Plan's order: its terms, every section on 16 bytes
+    exact tensors      in their own dtypes, under their own names ("name[rows:]": the rows that a vocabulary grew by)
+    .fidelity          F16: relative Frobenius error of each site's delta
+    .base              32 bytes a base tensor used: its fingerprint
+    .file.NAME         config and tokenizer files, as differences from the base's (see sidecar.py)
+    .digests           32 bytes an entry before it: its sha256
+    .root              sha256 of header and .digests
+
+A flipped bit is therefore an error anywhere: in a tensor's entry when that is read, elsewhere when the file is opened,
+and `verify` reads all.
+"""
+
+import hashlib
+import json
+import re
+import struct
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayou import plan, sidecar
+from bayou.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Output,
+    as_bytes,
+    as_tensor,
+    header_bytes,
+    read_bytes,
+    read_header,
+    write_safetensors,
+)
+from bayou.delta import Delta, Dense, LowRank, Term
+from bayou.errors import BadFile, DamagedFile, WrongBase
+from bayou.methods import TermLayout
+from bayou.packed import Packed, aligned
+from bayou.plan import SiteRecord
+
+FORMAT, VERSION = "bayou", "1"
+_MAX_ELEMENTS = 2**40
+_FILE = ".file."
+
+
+def pack_terms(terms: Iterable[Term]) -> bytes:
+    """A site's entry: for each term its gain (fp32), channel scales (fp16) and matrices, each on 16 bytes."""
+    pieces = bytearray()
+
+    def put(raw: bytes | memoryview) -> None:
+        pieces.extend(raw)
+        pieces.extend(bytes(aligned(len(raw)) - len(raw)))
+
+    for term in terms:
+        put(struct.pack("<f", term.gain))
+        for scale in (term.output_scale, term.input_scale):
+            if scale is not None:
+                put(as_bytes(scale.to(torch.float16)))
+        for packed in term.factors():
+            for part in packed.parts:
+                put(as_bytes(part))
+    return bytes(pieces)
+
+
+def unpack_terms(buffer: Tensor, layouts: tuple[TermLayout, ...], shape: tuple[int, int]) -> tuple[Term, ...]:
+    """The terms that lie in a site's entry, as views of it."""
+    terms: list[Term] = []
+    at = 0
+    for layout in layouts:
+        gain = float(buffer[at : at + 4].view(torch.float32))
+        at += aligned(4)
+        scales: list[Tensor | None] = []
+        for present, length in ((layout.output_scale, shape[0]), (layout.input_scale, shape[1])):
+            scales.append(buffer[at : at + 2 * length].view(torch.float16) if present else None)
+            at += aligned(2 * length) * present
+        matrices = []
+        for spec, size in layout.matrices(shape):
+            packed, at = Packed.view(spec, size, buffer, at)
+            matrices.append(packed)
+        if layout.kind == "Dense":
+            terms.append(Dense(matrices[0], gain, *scales))
+        else:
+            terms.append(LowRank(tuple(zip(matrices[::2], matrices[1::2], strict=True)), gain, *scales))
+    return tuple(terms)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """A tensor, or the rows by which one grew, that the file holds as it is."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that goes into a file, but for the sites' bytes.
+
+    used: fingerprints of the base tensors that the file leans on, by name. unchanged: names of fine-tuned tensors that
+    equal the base's. files: name -> sha256 of small files that equal the base's. changed_files: name -> difference.
+    """
+
+    sites: list[SiteRecord]
+    exact: list[Exact]
+    unchanged: list[str]
+    base_id: str
+    revision: str
+    used: dict[str, bytes]
+    files: dict[str, str]
+    changed_files: dict[str, bytes]
+
+    def metadata(self) -> dict[str, str]:
+        """The file's __metadata__."""
+        root = hashlib.sha256(b"".join(self.used[name] for name in sorted(self.used))).hexdigest()
+        base = {"id": self.base_id, "revision": self.revision, "root": root}
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": json.dumps(base, separators=(",", ":")),
+            "plan": plan.dumps(self.sites),
+            "unchanged": json.dumps(self.unchanged, separators=(",", ":")),
+            "files": json.dumps(self.files, separators=(",", ":")),
+        }
+
+    def _outputs(self, blob: Callable[[int], bytes], errors: list[float]) -> list[Output]:
+        sites = [
+            Output(site.name, "U8", (site.nbytes,), lambda index=index: [blob(index)])  # type: ignore[misc]
+            for index, site in enumerate(self.sites)
+        ]
+        rest = [
+            Output(exact.name, exact.dtype, exact.shape, lambda exact=exact: [exact.read()])  # type: ignore[misc]
+            for exact in self.exact
+        ]
+        fidelity = torch.tensor(errors, dtype=torch.float16)
+        hashes = b"".join(self.used[name] for name in sorted(self.used))
+        rest.append(Output(".fidelity", "F16", (len(self.sites),), lambda: [fidelity]))
+        rest.append(Output(".base", "U8", (len(hashes),), lambda: [hashes]))
+        for name, content in self.changed_files.items():
+            rest.append(Output(_FILE + name, "U8", (len(content),), lambda content=content: [content]))  # type: ignore[misc]
+        # Larger elements first, so that every tensor lies on a multiple of its element.
+        rest.sort(key=lambda output: (-DTYPES[output.dtype].itemsize, output.name))
+        return sites + rest
+
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        outputs = self._outputs(lambda _: b"", [0.0] * len(self.sites))
+        closing = _closing(len(outputs), [], {})
+        return len(header_bytes(outputs + closing, self.metadata())) + sum(o.nbytes for o in outputs + closing)
+
+    def write(self, path: Path, blob: Callable[[int], bytes], errors: list[float]) -> int:
+        """Write the file; blob(i) gives the bytes of site i, errors the relative error of each. Returns its bytes."""
+        digests: list[bytes] = []
+        metadata = self.metadata()
+
+        def digested(output: Output) -> Output:
+            def produce() -> Iterable[Tensor | bytes]:
+                digest = hashlib.sha256()
+                for piece in output.produce():
+                    digest.update(as_bytes(piece) if isinstance(piece, Tensor) else piece)
+                    yield piece
+                digests.append(digest.digest())
+
+            return Output(output.name, output.dtype, output.shape, produce)
+
+        outputs = [digested(output) for output in self._outputs(blob, errors)]
+        return write_safetensors(path, outputs + _closing(len(outputs), digests, metadata, outputs), metadata)
+
+
+def _closing(count: int, digests: list[bytes], metadata: dict[str, str], outputs: list[Output] | None = None) -> list[Output]:
+    """The entries .digests and .root; their bytes are known once all others have been written."""
+    closing: list[Output] = []
+
+    def root() -> list[bytes]:
+        header = header_bytes((outputs or []) + closing, metadata)
+        return [hashlib.sha256(header + b"".join(digests)).digest()]
+
+    closing.append(Output(".digests", "U8", (32 * count,), lambda: [b"".join(digests)]))
+    closing.append(Output(".root", "U8", (32,), root))
+    return closing
+
+
+class DeltaFile:
+    """A .bayou file, opened: header, digests and small entries checked at once, tensors when they are read.
+
+    sites: coded matrices by entry name. exact: names of exact entries. unchanged: tensors that equal the base's.
+    base: {"id", "revision", "root"}. Raises BadFile, DamagedFile.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            self._file = open(self.path, "rb")  # noqa: SIM115 (kept open: entries are read lazily)
+        except OSError as error:
+            raise BadFile(f"cannot open {self.path}: {error.strerror}") from None
+        weakref.finalize(self, self._file.close)
+        try:
+            self._open()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _open(self) -> None:
+        raw, entries, metadata = read_header(self._file, self.path)
+        names = list(entries)
+        if metadata.get("format") != FORMAT or names[-2:] != [".digests", ".root"]:
+            raise BadFile(f"{self.path} is not a .bayou file (its metadata do not say format=bayou)")
+        version = metadata.get("version", "")
+        if version.split(".")[0] != VERSION:
+            raise BadFile(f"{self.path} is of format version {version!r}; this Bayou reads {VERSION}; install a newer Bayou")
+        digests = bytes(read_bytes(self._file, entries[".digests"].start, entries[".digests"].stop))
+        root = bytes(read_bytes(self._file, entries[".root"].start, entries[".root"].stop))
+        if hashlib.sha256(raw + digests).digest() != root or len(digests) != 32 * (len(names) - 2):
+            raise DamagedFile(f"{self.path}: header and digests do not give the root that was written; the file is damaged")
+        self._digests = {name: digests[32 * i : 32 * i + 32] for i, name in enumerate(names[:-2])}
+        self._entries = entries
+        self.root = root.hex()
+        self.header_nbytes = len(raw)
+        for name, entry in entries.items():
+            if entry.dtype not in DTYPES:
+                raise BadFile(f"{self.path}: entry {name!r} has dtype {entry.dtype!r}, which the format does not allow")
+        base, unchanged, files = (self._json(metadata, key) for key in ("base", "unchanged", "files"))
+        if not (isinstance(base, dict) and isinstance(unchanged, list) and isinstance(files, dict)):
+            raise BadFile(f"{self.path}: metadata base, unchanged or files are not as specified")
+        self.base: dict[str, str] = {key: str(base.get(key, "")) for key in ("id", "revision", "root")}
+        for key, value in self.base.items():
+            if not re.fullmatch(r"[\w./-]{0,300}", value, re.ASCII):  # they are printed, and asked of the Hub
+                raise BadFile(f"{self.path}: the base's {key} is {value!r:.80}")
+        self.unchanged: list[str] = [str(name) for name in unchanged]
+        self._files: dict[str, str] = {str(name): str(value) for name, value in files.items()}
+        self._read_sites(metadata, names)
+        for name in names:
+            if name.startswith("."):
+                self.read_raw(name)  # few bytes, which few commands read: damage to them would go unseen
+
+    def _json(self, metadata: dict[str, str], key: str) -> Any:
+        try:
+            return json.loads(metadata[key])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise BadFile(f"{self.path}: metadata {key!r} is missing or not JSON ({error})") from None
+
+    def _read_sites(self, metadata: dict[str, str], names: list[str]) -> None:
+        planned = self._json(metadata, "plan")
+        count = len(planned["sites"]) if isinstance(planned, dict) and isinstance(planned.get("sites"), list) else -1
+        if not 0 <= count <= len(names):
+            raise BadFile(f"{self.path}: the Plan is not well-formed")
+        self.sites = {site.name: site for site in plan.loads(metadata["plan"], names[:count])}
+        for name, site in self.sites.items():
+            entry = self._entries[name]
+            if entry.dtype != "U8" or entry.stop - entry.start != site.nbytes or site.dtype not in DTYPES:
+                raise BadFile(f"{self.path}: entry {name!r} has {entry.stop - entry.start:,} bytes, its Plan says {site.nbytes:,}")
+            if prod(site.shape) > _MAX_ELEMENTS:
+                raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
+        self.exact = [name for name in names[count:] if not name.startswith(".")]
+        self.files = sorted([*self._files, *(name[len(_FILE) :] for name in names if name.startswith(_FILE))])
+        for name in self.files:
+            if not sidecar.is_carried(name):
+                raise BadFile(f"{self.path}: a file named {name!r} is not one that a model folder holds")
+        if self._entries.get(".fidelity") is None or self._entries[".fidelity"].shape != (count,):
+            raise BadFile(f"{self.path}: .fidelity is missing or of the wrong length")
+        if ".base" not in self._entries:
+            raise BadFile(f"{self.path}: .base is missing")
+        self._check_tensors()
+
+    def _check_tensors(self) -> None:
+        """Raises BadFile unless each tensor stands once: whole, in parts 0, 1, ... of one kind, exact, or unchanged."""
+        parts: dict[str, list[SiteRecord]] = {}
+        for site in self.sites.values():
+            parts.setdefault(site.tensor, []).append(site)
+            if not DTYPES[site.dtype].is_floating_point:
+                raise BadFile(f"{self.path}: site {site.name!r} has dtype {site.dtype}, which no matrix has")
+        for tensor, sites in parts.items():
+            numbered = [site.part for site in sites]
+            if numbered not in ([None], list(range(len(sites)))) or len({(s.disk_shape, s.dtype) for s in sites}) > 1:
+                raise BadFile(f"{self.path}: the parts of {tensor!r} are not 0, 1, ... of one shape and dtype")
+        whole = [*parts, *self.unchanged]
+        for name in self.exact:
+            if not name.endswith(":]"):
+                whole.append(name)
+                continue
+            grown, entry = self.sites.get(name.rpartition("[")[0]), self._entries[name]
+            end = None if grown is None else (f"{grown.tensor}[{grown.disk_shape[0]}:]", grown.dtype, grown.disk_shape[1:])
+            if end != (name, entry.dtype, entry.shape[1:]) or not entry.shape:
+                raise BadFile(f"{self.path}: the rows {name!r} do not continue a site")
+        if len(set(whole)) != len(whole):
+            raise BadFile(f"{self.path}: a tensor stands twice")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole file."""
+        return self._entries[".root"].stop
+
+    def entry_nbytes(self, name: str) -> int:
+        """Bytes of one entry."""
+        return self._entries[name].stop - self._entries[name].start
+
+    def entries(self) -> list[str]:
+        """Names of all entries, in the order of the file."""
+        return list(self._entries)
+
+    def read_raw(self, name: str) -> bytearray:
+        """An entry's bytes. Raises DamagedFile where they are not those that were written."""
+        entry = self._entries[name]
+        raw = read_bytes(self._file, entry.start, entry.stop)
+        if name in self._digests and hashlib.sha256(raw).digest() != self._digests[name]:
+            raise DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
+        return raw
+
+    def delta(self, name: str) -> Delta:
+        """The delta of one site, checked."""
+        site = self.sites[name]
+        buffer = as_tensor(self.read_raw(name), torch.uint8, (site.nbytes,))
+        return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
+
+    def read_exact(self, name: str) -> Tensor:
+        """An exact tensor ("name") or grown rows ("name[32000:]"), checked."""
+        entry = self._entries[name]
+        return as_tensor(self.read_raw(name), DTYPES[entry.dtype], entry.shape)
+
+    def exact_shape(self, name: str) -> tuple[int, ...]:
+        """Shape of an exact entry."""
+        return self._entries[name].shape
+
+    def exact_dtype(self, name: str) -> str:
+        """Dtype word of an exact entry."""
+        return self._entries[name].dtype
+
+    def errors(self) -> dict[str, float]:
+        """Relative Frobenius error of each site's delta, measured when the file was made."""
+        return dict(zip(self.sites, self.read_exact(".fidelity").tolist(), strict=True))
+
+    def tail(self, tensor: str) -> str | None:
+        """The exact entry with the rows that `tensor` has beyond its reference, if any."""
+        return self._tails().get(tensor)
+
+    def _tails(self) -> dict[str, str]:
+        return {name.rpartition("[")[0]: name for name in self.exact if name.endswith(":]")}
+
+    def tensors(self) -> list[str]:
+        """Disk names of all of the fine-tune's tensors, sorted."""
+        whole = {name for name in self.exact if not name.endswith(":]")}
+        return sorted({site.tensor for site in self.sites.values()} | whole | set(self.unchanged))
+
+    def used(self) -> list[str]:
+        """Names of the base's tensors that the file leans on, sorted as the fingerprints in .base are."""
+        return sorted({s.reference for s in self.sites.values() if s.reference is not None} | set(self.unchanged))
+
+    def check_base(self, base: Checkpoint, *, rehash: bool = False) -> None:
+        """Raises WrongBase, naming the first differing tensor, unless `base` is the one that the file was made against."""
+        names = self.used()
+        hashes = bytes(self.read_raw(".base"))
+        if len(hashes) != 32 * len(names):
+            raise BadFile(f"{self.path}: .base has {len(hashes) // 32} fingerprints for {len(names)} tensors")
+        wanted = f"{self.path} was made against {self.base['id'] or 'another base'} (root {self.base['root'][:12]})"
+        for name in names:
+            if name not in base:
+                raise WrongBase(f"{wanted}, but {base.folder} has no tensor {name!r}; pass the base it was made against")
+        found = base.fingerprints(names, rehash=rehash)
+        for index, name in enumerate(names):
+            if found[name] != hashes[32 * index : 32 * index + 32]:
+                raise WrongBase(f"{wanted}, but {name!r} differs in {base.folder}; pass the base it was made against")
+        self._check_shapes(base)
+
+    def _check_shapes(self, base: Checkpoint) -> None:
+        for site in self.sites.values():
+            if site.reference is None:
+                continue
+            shape = base.shape(site.reference)
+            inside = site.reference_part is None or (site.reference_part,) < shape[:1]
+            shape = shape if site.reference_part is None else shape[1:]
+            fits = inside and len(shape) == len(site.disk_shape) and shape[1:] == site.disk_shape[1:] and shape[:1] >= site.disk_shape[:1]
+            if not fits:
+                raise BadFile(f"{self.path}: site {site.name!r} is {site.disk_shape}, its reference {shape}")
+
+    def verify(self) -> int:
+        """Read and check every entry, and decode the structure of each site; returns the entries checked."""
+        for name in self._entries:
+            self.read_raw(name)
+        for name in self.sites:
+            self.delta(name)
+        return len(self._entries)
+
+    def read_file(self, name: str, base_folder: Path) -> bytes:
+        """A config or tokenizer file of the fine-tune, whole, made from the base's where it was stored as a difference."""
+        path = base_folder / name
+        old = path.read_bytes() if path.is_file() else None
+        if _FILE + name in self._entries:
+            return sidecar.patched(name, old, bytes(self.read_raw(_FILE + name)))
+        if name not in self._files:
+            raise BadFile(f"{self.path} holds no {name}")
+        if old is None or sidecar.digest(old) != self._files[name]:
+            raise WrongBase(f"the base's {name} is not the one that {self.path} was made against; use the base's own revision")
+        return old
+
+    def fine_tune_config(self, base_folder: Path) -> dict[str, Any]:
+        """The fine-tune's config.json. Raises BadFile where that is no JSON object."""
+        try:
+            config = json.loads(self.read_file("config.json", base_folder))
+        except (ValueError, RecursionError) as error:
+            raise BadFile(f"{self.path}: its config.json is not JSON ({error})") from None
+        if not isinstance(config, dict):
+            raise BadFile(f"{self.path}: its config.json is not a JSON object")
+        return config
+

@@ -1,0 +1,183 @@
+"""Delta-CoMe: singular vectors of large singular values in more bits, of small ones in fewer.
+
+https://arxiv.org/abs/2406.08903 (NeurIPS 2024). delta = U diag(s) V^T is cut into bands of ranks; in each band
+
+    Vq = GPTQ(V, X)             rows are ranks, Hessian X X^T (the site's gram)
+    Uq = GPTQ(U, s Vq X)        Hessian Vq X X^T Vq^T: no further pass over the data           (equation 5)
+
+with groups of 128, asymmetric ranges, act-order and damping .01. The published bands, "8x2,3x32,2", are 2 ranks in
+8 bits, 32 in 3, the rest in 2. A band is stored in blocks of at most 128 ranks, and a block is a group of U's columns.
+
+`refit` (not in the paper; the idea is PrinMix's, arXiv 2506.11087): before U is rounded, it is replaced by the least
+squares fit of the delta to the rounded V, U* = delta G Vq^T (Vq G Vq^T)^-1, and all bands are rounded together, so that
+a later band also mends the earlier ones' errors. It costs no bytes. Without it the bands are independent, as published.
+"""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from bayou.decompose import svd
+from bayou.delta import LowRank, Term
+from bayou.errors import BadInput
+from bayou.methods import Site, TermLayout, cut, normalised
+from bayou.packed import Packed, Spec
+from bayou.quantize import Grid, factorize, gptq, grid, spread
+
+EMBEDDINGS = {"method": "lowrank", "bits": 4}
+"""No activation reaches an embedding's rows, so GPTQ has nothing to go by; see LOG.md for the choice of 4 bits."""
+
+USES_GRAM = True
+"""Wants the second moments of each matrix's input."""
+
+_BAND = re.compile(r"([1-8]|16)(?:x([0-9]{1,9}))?")
+
+
+def parse_bands(bands: str) -> list[tuple[int, int | None]]:
+    """[(8, 2), (3, 32), (2, None)] for "8x2,3x32,2": bits and ranks of each band, the last takes the rest.
+
+    Raises BadInput for bits other than 1 to 8 or 16, or a band without ranks that is not the last.
+    """
+    parsed: list[tuple[int, int | None]] = []
+    for word in bands.split(","):
+        match = _BAND.fullmatch(word.strip())
+        if not match:
+            raise BadInput(f"bands {bands!r}: {word!r} is not BITSxRANKS with 1 to 8 or 16 bits, e.g. 8x2,3x32,2")
+        parsed.append((int(match[1]), int(match[2]) if match[2] else None))
+    if any(ranks is None for _, ranks in parsed[:-1]) or parsed[-1][1] is not None:
+        raise BadInput(f"bands {bands!r}: every band but the last names its ranks, and the last takes the rest")
+    return parsed
+
+
+def _blocks(bands: str, rank: int) -> Iterator[tuple[int, int, int]]:
+    """(band, bits, ranks) of each block of a delta of `rank` ranks."""
+    left = rank
+    for band, (bits, ranks) in enumerate(parse_bands(bands)):
+        take = left if ranks is None else min(ranks, left)
+        left -= take
+        yield from ((band, bits, part) for part in cut(take))
+
+
+def _specs(shape: tuple[int, int], bits: int, ranks: int, group: int) -> tuple[str, str]:
+    """Number formats of a block's u and v: fp16 where that is no larger than codes with their scales and zeros."""
+    if bits == 16:
+        return "f16", "f16"
+    coded = f"{bits}g{group}z"
+    chosen = []
+    for rows, cols in ((shape[0], ranks), (ranks, shape[1])):
+        smaller = Spec.parse("f16").nbytes(rows, cols) <= Spec.parse(coded).nbytes(rows, cols)
+        chosen.append("f16" if smaller else coded)
+    return chosen[0], chosen[1]
+
+
+def layout(
+    shape: tuple[int, int],
+    *,
+    rank: int,
+    bands: str = "8x2,3x32,2",
+    group: int = 128,
+    damping: float = 0.01,
+    act_order: bool = True,
+    refit: bool = True,
+    ridge: float = 0.1,
+) -> tuple[TermLayout, ...]:
+    """One LowRank whose blocks end at the bands' edges."""
+    blocks = ((ranks, *_specs(shape, bits, ranks, group)) for _, bits, ranks in _blocks(bands, rank))
+    return (TermLayout("LowRank", tuple(blocks)),)
+
+
+def encode(
+    site: Site,
+    *,
+    rank: int,
+    bands: str = "8x2,3x32,2",
+    group: int = 128,
+    damping: float = 0.01,
+    act_order: bool = True,
+    refit: bool = True,
+    ridge: float = 0.1,
+) -> tuple[Term, ...]:
+    """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
+
+    bands: see `parse_bands`. group: columns of V (and ranks of U) that share a scale. damping, act_order: GPTQ's.
+    refit: least-squares U (see above). ridge: with refit, this share of the gram's mean diagonal is added to its
+    diagonal throughout, so that the fit serves text unlike the calibration's. Without a gram, rounding is to nearest and
+    the fit is of the weights.
+    """
+    u, s, v = svd(site.delta, rank)
+    blocks = list(_blocks(bands, len(s)))
+    specs = [_specs(site.delta.shape, bits, ranks, group) for _, bits, ranks in blocks]
+    widths = [ranks for _, _, ranks in blocks]
+    u, v, gain = normalised(u * s.sqrt(), v * s.sqrt()[:, None])
+
+    v_specs = [Spec.parse(v_spec) for _, v_spec in specs]
+    v_scales = [_grid(part, spec) for part, spec in zip(v.split(widths), v_specs, strict=True)]
+    ridge = ridge if refit else 0.0
+    factor = site.gram.factor(damping + ridge, act_order) if site.gram else None
+    v_levels = [_levels(scale, spec, v.shape[1]) for scale, spec in zip(v_scales, v_specs, strict=True)]
+    # Ranks are rows here: they never exchange errors, so one sweep rounds all bands.
+    v_codes, v_hat = gptq(v, factor, _stack(v_levels, [(w, v.shape[1]) for w in widths], 0, v.device))
+
+    weighted = v_hat.double()
+    if site.gram:
+        moments = site.gram.matrix.to(v.device).double()
+        weighted = weighted @ moments + ridge * moments.diagonal().mean() * weighted
+    hessian = weighted @ v_hat.double().T
+    if refit:
+        u = _refit(site, gain, weighted, hessian)
+    else:
+        band = torch.tensor([b for b, _, ranks in blocks for _ in range(ranks)], device=u.device)
+        hessian = hessian * (band[:, None] == band)
+    u_specs = [Spec.parse(u_spec) for u_spec, _ in specs]
+    u_scales = [_grid(part, spec) for part, spec in zip(u.split(widths, dim=1), u_specs, strict=True)]
+    u_levels = [_levels(scale, spec, w) for scale, spec, w in zip(u_scales, u_specs, widths, strict=True)]
+    levels = _stack(u_levels, [(u.shape[0], w) for w in widths], 1, u.device)
+    u_codes, u_hat = gptq(u, factorize(hessian, damping=damping, act_order=act_order), levels)
+
+    packed, start = [], 0
+    for index, width in enumerate(widths):
+        ranks = slice(start, start + width)
+        packed.append(
+            (
+                _pack(u_codes[:, ranks], u_hat[:, ranks], u_specs[index], u_scales[index]),
+                _pack(v_codes[ranks], v_hat[ranks], v_specs[index], v_scales[index]),
+            )
+        )
+        start += width
+    return (LowRank(tuple(packed), gain),)
+
+
+def _refit(site: Site, gain: float, weighted: Tensor, hessian: Tensor) -> Tensor:
+    """argmin over U of ||(delta / gain - U Vq) X||, damped so little that only a singular system notices."""
+    normal = hessian.clone()
+    # A delta of zeros (an expert that stayed as it was), or an input that never was, makes the system nil.
+    normal.diagonal().add_(1e-6 * normal.diagonal().mean().clamp_min(1e-30))
+    lower = torch.linalg.cholesky(normal)
+    rows = [torch.cholesky_solve(weighted @ block.double().T, lower).T for _, block in site.delta.blocks()]
+    return (torch.cat(rows) / gain).float()
+
+
+def _grid(part: Tensor, spec: Spec) -> tuple[Tensor, Tensor] | None:
+    return None if spec.floats else grid(part, spec)
+
+
+def _levels(scales: tuple[Tensor, Tensor] | None, spec: Spec, cols: int) -> Grid | None:
+    return None if scales is None else spread(*scales, spec, cols)
+
+
+def _stack(levels: list[Grid | None], shapes: list[tuple[int, int]], dim: int, device: torch.device) -> Grid:
+    """One grid over all blocks; where a block is floats, top is 0 (see Grid)."""
+    one, nil = torch.ones((), device=device), torch.zeros((), device=device)
+    wide = [
+        (part or Grid(one, nil, nil)).expand(torch.Size(shape)) for part, shape in zip(levels, shapes, strict=True)
+    ]
+    return Grid(*(torch.cat([getattr(part, f) for part in wide], dim) for f in ("scale", "zero", "top")))
+
+
+def _pack(codes: Tensor, values: Tensor, spec: Spec, scales: tuple[Tensor, Tensor] | None) -> Packed:
+    if scales is None:
+        return Packed.floats(values, spec.floats)
+    scale, zero = scales
+    return Packed.codes(codes.to(torch.uint8), spec, scale, zero.to(torch.uint8) if spec.zeros else None)

@@ -1,0 +1,81 @@
+"""What every test shares: one thread a process, no network, the test bed's models where they can be built."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before torch or transformers is imported, so that the processes that tests start inherit it too.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
+
+torch.set_num_threads(1)
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def _builder() -> Path:
+    """Where the test bed's builder should be: $BAYOU_TESTBED (script or folder), else beside the checkout."""
+    named = os.environ.get("BAYOU_TESTBED")
+    path = Path(named) if named else CHECKOUT.parent / "shared" / "testbed" / "testbed.py"
+    return path / "testbed.py" if path.is_dir() else path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fingerprints are cached in a folder of the session's own, also by the processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BAYOU_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def testbed() -> Path:
+    """A folder with the Hugging Face folders base, intent and sql (bf16, 0.27 GB each) and nothing else.
+
+    Built once per version of the builder, into the system's folder for temporary files; xdist's workers wait
+    for the first of them to finish. Skips the test where the builder is absent; one that fails is a failure.
+    """
+    builder = _builder()
+    if not builder.is_file():
+        where = (
+            "BAYOU_TESTBED names no file"
+            if "BAYOU_TESTBED" in os.environ
+            else "no test bed beside the checkout"
+        )
+        pytest.skip(f"{where} ({builder.name} not found; set BAYOU_TESTBED to its path)")
+    version = hashlib.sha256(builder.read_bytes()).hexdigest()[:12]
+    cache = Path(tempfile.gettempdir()) / f"bayou-testbed-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    if cache.stat().st_uid != os.getuid():
+        pytest.fail(f"the cache folder {cache} belongs to another user; set TMPDIR to a folder of your own")
+    models = cache / version
+    with FileLock(cache / f"{version}.lock"):
+        if not models.is_dir():
+            with tempfile.TemporaryDirectory(dir=cache) as fresh:
+                command = [sys.executable, str(builder), "build", fresh]
+                environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+                built = subprocess.run(command, capture_output=True, text=True, env=environment)
+                if built.returncode:
+                    pytest.fail(f"{builder.name} build failed:\n{built.stderr[-2000:]}", pytrace=False)
+                (Path(fresh) / "done").mkdir()
+                for name in ("base", "intent", "sql"):
+                    (Path(fresh) / name).rename(Path(fresh) / "done" / name)
+                (Path(fresh) / "done").rename(models)  # one step: half-built models are never seen
+    return models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for the test bed's models carries the marker: `-m "not testbed"` leaves it out."""
+    for item in items:
+        if "testbed" in getattr(item, "fixturenames", ()):
+            item.add_marker("testbed")
