@@ -1,7 +1,18 @@
 """Bayou: many fine-tunes of one base, each a small, verified difference from it."""
 
-__version__ = "0.1.0"
-__all__ = ["BayouError", "DeltaFile", "attach", "compress", "detach", "evaluate", "inspect", "load", "restore", "verify"]
+__all__ = [
+    "BayouError",
+    "DeltaFile",
+    "__version__",
+    "attach",
+    "compress",
+    "detach",
+    "evaluate",
+    "inspect",
+    "load",
+    "restore",
+    "verify",
+]
 
 # isort: off  (the names below shadow modules of the same name, so these imports must come last and all at once)
 from bayou.attach import attach, detach, load
@@ -11,3 +22,4 @@ from bayou.errors import BayouError
 from bayou.evaluate import evaluate
 from bayou.report import inspect, verify
 from bayou.restore import restore
+from bayou.version import __version__

@@ -5,10 +5,12 @@ more concentrated: LOG.md has the sweep). What the whole-rank steps leave over i
 A method without a rank takes what it takes, and the rest of the budget goes to the embeddings.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from bayou import methods
+from bayou.methods.deltacome import parse_bands
 from bayou.plan import SiteRecord
 
 TABLES = ("embedding", "head")
@@ -39,6 +41,20 @@ def paper_rank(shape: tuple[int, int], alpha: float, bands: list[tuple[int, int 
         total += take
         left -= bits * take
     return max(1, min(total, *shape))
+
+
+def by_paper(sites: list[SiteRecord], ratio: float) -> list[SiteRecord]:
+    """Every site that has a method at `paper_rank` for alpha = 1 / ratio. lowrank is one band of its own bits."""
+
+    def chosen(site: SiteRecord) -> SiteRecord:
+        if not site.method:
+            return site
+        if not methods.has_rank(site.method):
+            return fixed(site)
+        bands = parse_bands(site.options.get("bands", str(site.options.get("bits", 16))))
+        return with_rank(site, paper_rank(site.shape, 1 / ratio, bands))
+
+    return [chosen(site) for site in sites]
 
 
 class _Solver:
@@ -100,3 +116,31 @@ def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> 
     for i, rank in final.items():
         chosen[i] = with_rank(sites[i], rank)
     return chosen
+
+
+def within(
+    sites: list[SiteRecord], limit: int, size: Callable[[list[SiteRecord]], int], *, embedding_rate: float
+) -> tuple[list[SiteRecord], int]:
+    """All sites of a file, at ranks by which it has at most `limit` bytes, and the least bytes that it can have.
+
+    size: bytes of the whole file with given sites. Where the least is above `limit`, the sites are the smallest.
+    """
+    coded = [site for site in sites if site.method]
+
+    def among_all(picked: list[SiteRecord]) -> list[SiteRecord]:
+        following = iter(picked)
+        return [next(following) if site.method else site for site in sites]
+
+    smallest = among_all(least(coded))
+    fewest = size(smallest)
+    if fewest > limit:
+        return smallest, fewest
+    room = fewest - sum(site.nbytes for site in smallest)
+    # The header grows a little with the variety of ranks, so the room for it is found by trying. This ends: the entries
+    # fit into what the room left, so a file that is too large has found more room, or it is the smallest, which fits.
+    while True:
+        trial = among_all(allocate(coded, limit - room, embedding_rate=embedding_rate))
+        total = size(trial)
+        if total <= limit:
+            return trial, fewest
+        room = total - sum(site.nbytes for site in trial)

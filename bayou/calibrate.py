@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from bayou.errors import BadInput
@@ -71,6 +71,17 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[bos] for a tokenizer that starts every text with it, else []: such models are lost without it."""
     return [t for t in tokenizer("")["input_ids"][:1] if t == tokenizer.bos_token_id]
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; BadInput where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
+            "copy the base's tokenizer files there, or compress with --calibration none"
+        ) from None
 
 
 def read_tokens(
@@ -283,9 +294,7 @@ def _cut(value: Any, windows: int, part: slice) -> Any:
         return value[:, part] if value.ndim > 2 and value.shape[1] == windows else value
     if isinstance(value, dict):
         return {key: _cut(item, windows, part) for key, item in value.items()}
-    return (
-        type(value)(_cut(item, windows, part) for item in value) if isinstance(value, tuple | list) else value
-    )
+    return type(value)(_cut(item, windows, part) for item in value) if isinstance(value, tuple | list) else value
 
 
 def _own_head(model: PreTrainedModel) -> str | None:

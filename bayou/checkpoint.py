@@ -6,7 +6,6 @@ checked here, for both.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -21,7 +20,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from bayou.errors import BadFile, BadInput, BayouError, Unsupported
+from bayou.errors import BadFile, BadInput, Unsupported, disk_error
 
 DTYPES = {
     "F64": torch.float64,
@@ -87,7 +86,9 @@ def read_header(file: BinaryIO, path: Path) -> tuple[bytes, dict[str, Entry], di
                 raise ValueError(f"{name!r} starts at byte {entry.start:,} instead of {at:,}")
             at = entry.stop
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise BadFile(f"{path}: the header is not well-formed ({error}); the file is damaged, or not safetensors") from None
+        raise BadFile(
+            f"{path}: the header is not well-formed ({error}); the file is damaged, or not safetensors"
+        ) from None
     if at != size:
         raise BadFile(f"{path}: the header describes {at:,} bytes, the file has {size:,}; it is cut or damaged")
     return prefix + raw, dict(entries), metadata
@@ -139,7 +140,7 @@ def as_tensor(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, little-endian, row after row."""
     flat = tensor.detach().cpu().contiguous().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return flat.view(torch.uint8).numpy().data
 
 
 class Checkpoint:
@@ -158,7 +159,9 @@ class Checkpoint:
             _, entries, _ = read_header(file, self.folder / file_name)
             for name, entry in entries.items():
                 if name in self._entries:
-                    raise BadInput(f"{self.folder}: tensor {name!r} stands in two shards, {self._entries[name][0]} and {file_name}")
+                    raise BadInput(
+                        f"{self.folder}: tensor {name!r} stands in two shards, {self._entries[name][0]} and {file_name}"
+                    )
                 self._entries[name] = (file_name, entry)
 
     @property
@@ -197,7 +200,9 @@ class Checkpoint:
         """The tensor's dtype. Raises Unsupported, naming the tensor, for one that Bayou does not read."""
         word = self.word(name)
         if word not in DTYPES:
-            raise Unsupported(f"{self.folder}: tensor {name!r} has dtype {word}, which Bayou does not read ({', '.join(DTYPES)})")
+            raise Unsupported(
+                f"{self.folder}: tensor {name!r} has dtype {word}, which Bayou does not read ({', '.join(DTYPES)})"
+            )
         return DTYPES[word]
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
@@ -297,7 +302,9 @@ def _weight_files(folder: Path) -> list[str]:
     if found:
         raise BadInput(f"{folder} has {len(found)} safetensors files and no model.safetensors.index.json")
     if (folder / "adapter_model.safetensors").is_file():
-        raise BadInput(f"{folder} holds an adapter; merge it into its base first (peft: merge_and_unload, save_pretrained)")
+        raise BadInput(
+            f"{folder} holds an adapter; merge it into its base first (peft: merge_and_unload, save_pretrained)"
+        )
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise BadInput(f"{folder} holds pickled weights only; save it again with safe_serialization=True")
     raise BadInput(f"{folder} has no model.safetensors and no shards")
@@ -360,7 +367,8 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:  # a killed process of the same number may have left one: containers repeat them
+        # A killed process of the same number may have left one: containers repeat them.
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -375,13 +383,6 @@ def atomic(path: Path) -> Iterator[BinaryIO]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-
-
-def disk_error(error: OSError, path: Path) -> BayouError:
-    """A full disk or a forbidden folder in one clear sentence."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BayouError(f"no space left to write {path}; nothing was left behind. Free some space, or write elsewhere")
-    return BayouError(f"cannot write {path}: {error.strerror or error}")
 
 
 def write_safetensors(path: Path, outputs: list[Output], metadata: dict[str, str]) -> int:

@@ -50,21 +50,33 @@ def compress(
     finetuned: Annotated[str, typer.Argument(help="The fine-tune: a model folder or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
     method: Annotated[str, typer.Option(help=f"One of {', '.join(methods.names())}.")] = "deltacome",
-    ratio: Annotated[float | None, typer.Option(help="Bytes of the fine-tune over bytes of the file; 16 unless given.")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Bytes of the fine-tune over bytes of the file; 16 unless given.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="The file's size instead, e.g. 350MB.")] = None,
     bands: Annotated[str | None, typer.Option(help="deltacome: BITSxRANKS,...; the last band takes the rest.")] = None,
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
-    refit: Annotated[bool | None, typer.Option("--refit/--no-refit", help="deltacome: refit U to the rounded V.")] = None,
+    refit: Annotated[
+        bool | None, typer.Option("--refit/--no-refit", help="deltacome: refit U to the rounded V.")
+    ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any other option of the method, NAME=VALUE.")] = None,
     accounting: Annotated[str, typer.Option(help="file (every byte) or paper (Delta-CoMe's nominal bits).")] = "file",
-    keep: Annotated[str, typer.Option(help="Stored exactly: embeddings,heads,norms,biases,linears,experts or patterns.")] = "",
-    embedding_rate: Annotated[float | None, typer.Option(help="Bytes a weight of embeddings, relative to linears.")] = None,
+    keep: Annotated[
+        str, typer.Option(help="Stored exactly: embeddings,heads,norms,biases,linears,experts or patterns.")
+    ] = "",
+    embedding_rate: Annotated[
+        float | None, typer.Option(help="Bytes a weight of embeddings, relative to linears.")
+    ] = None,
     embedding_option: Annotated[list[str] | None, typer.Option(help="How embeddings are coded, e.g. bits=4.")] = None,
     calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
-    activations: Annotated[str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")] = "finetuned",
-    distill_steps: Annotated[int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")] = None,
+    activations: Annotated[
+        str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")
+    ] = "finetuned",
+    distill_steps: Annotated[
+        int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
     base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
@@ -79,7 +91,9 @@ def compress(
     chosen = _options(option)
     chosen |= {k: v for k, v in {"bands": bands, "bits": bits, "refit": refit}.items() if v is not None}
     if accounting not in ("file", "paper") or activations not in ("finetuned", "compressed"):
-        raise BadInput(f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed")
+        raise BadInput(
+            f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed"
+        )
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
     with _Bars() as bars:
         report = run(
@@ -151,7 +165,9 @@ def restore(
     base: Base,
     file: DeltaPath,
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
-    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's own unless given.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's own unless given.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Larger models are cut into shards of this size.")] = "5GB",
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ _open: ContextVar[list[list[float]] | None] = ContextVar("open", default=None)
 
 @contextmanager
 def measuring() -> Iterator[dict[str, float]]:
-    """Collect the steps run inside; yields {step: seconds}, filled as they end. A nested step's time is its own only."""
+    """Collect the steps run inside; yields {step: seconds}, filled as they end. A nested step's time is its own."""
     totals: dict[str, float] = {}
     marks = _totals.set(totals), _open.set([])
     try:

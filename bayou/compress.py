@@ -20,17 +20,18 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
-from bayou import __version__, allocate, calibrate, clock, distill, inventory, methods, sidecar, skeleton
+from bayou import allocate, calibrate, clock, distill, inventory, methods, sidecar, skeleton
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.delta import Delta, Term
-from bayou.deltafile import Contents, DeltaFile, pack_terms, unpack_terms
+from bayou.deltafile import Contents, DeltaFile
+from bayou.entry import pack_terms, unpack_terms
 from bayou.errors import BadInput, BayouError, TooSmall
 from bayou.journal import Journal
 from bayou.methods import Gram, Site
-from bayou.methods.deltacome import parse_bands
 from bayou.plan import SiteRecord
+from bayou.version import __version__
 
 EMBEDDING_RATE = 0.5
 """Bytes a weight of embeddings and heads, relative to the linears' (LOG.md has the sweep)."""
@@ -115,14 +116,15 @@ def compress(
         with clock.step("take stock"):
             job.take_stock(method, chosen, tables, keep)
         if accounting == "paper":
-            job.paper_ranks(ratio or 16.0)
+            job.contents = replace(job.contents, sites=allocate.by_paper(job.sites, ratio or 16.0))
         else:
             job.allocate(ratio, budget, embedding_rate)
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
         own = getattr(methods.get(method), "DISTILL_STEPS", 0)
         distil = own if distill_steps is None else distill_steps
-        text = job.windows(calibration, distil * distill.BATCH * distill.LENGTH, distill.LENGTH, seed) if distil else None
+        needed = distil * distill.BATCH * distill.LENGTH
+        text = job.windows(calibration, needed, distill.LENGTH, seed) if distil else None
         with Journal(job.out, job.key(windows, activations, text, distil)) as journal:
             job.encode(journal, windows, activations)
             gains = job.distil(journal, text, distil) if text is not None else {}
@@ -169,9 +171,11 @@ class _Job:
         base_places = skeleton.places(skeleton.build(self.base.folder), self.base.names())
         matched = inventory.match(self.base, self.tuned, base_places, self.places)
         if not matched:
-            raise BadInput(f"no tensor of {self.tuned.folder} has a counterpart in {self.base.folder}; is it the right base?")
+            raise BadInput(
+                f"no tensor of {self.tuned.folder} has a counterpart in {self.base.folder}; is it the right base?"
+            )
         found = inventory.take(
-            self.base, self.tuned, matched, self.places, method=method, options=options, embedding_options=tables, keep=keep
+            self.base, self.tuned, matched, self.places, method=method, options=options, tables=tables, keep=keep
         )
         used = {site.reference for site in found.sites if site.reference is not None} | set(found.unchanged)
         old, new = sidecar.carried(self.base.folder), sidecar.carried(self.tuned.folder)
@@ -199,43 +203,18 @@ class _Job:
             raise BadInput(f"ratio {ratio}: a number above 0 is needed, e.g. 16")
         limit = budget if budget is not None else int(self.tuned.nbytes / (ratio or 16.0))
         what = f"--budget {budget:,}" if budget is not None else f"--ratio {ratio or 16.0:g}"
-        coded = [i for i, site in enumerate(self.sites) if site.method]
 
-        def planned(picked: list[SiteRecord]) -> Contents:
-            sites = list(self.sites)
-            for i, site in zip(coded, picked, strict=True):
-                sites[i] = site
-            return replace(self.contents, sites=sites)
+        def size(sites: list[SiteRecord]) -> int:
+            return replace(self.contents, sites=sites).nbytes()
 
-        plain = [self.sites[i] for i in coded]
-        smallest = planned(allocate.least(plain))
-        size = smallest.nbytes()
-        room = size - sum(site.nbytes for site in smallest.sites)
-        if size > limit:
+        sites, least = allocate.within(self.sites, limit, size, embedding_rate=embedding_rate)
+        if least > limit:
+            room = least - sum(site.nbytes for site in sites)
             raise TooSmall(
-                f"{what} is {limit:,} bytes, but the least that this method can make of this model is {size:,} bytes "
+                f"{what} is {limit:,} bytes, but the least that this method can make of this model is {least:,} bytes "
                 f"({room:,} of them exact tensors and header); ask for a larger file, or choose another method",
-                size,
+                least,
             )
-        # The header grows a little with the variety of ranks, so the room for it is found by trying.
-        for _ in range(20):
-            trial = planned(allocate.allocate(plain, limit - room, embedding_rate=embedding_rate))
-            if trial.nbytes() <= limit:
-                self.contents = trial
-                return
-            room += trial.nbytes() - limit
-        self.contents = smallest
-
-    def paper_ranks(self, ratio: float) -> None:
-        sites = []
-        for site in self.sites:
-            if not site.method:
-                sites.append(site)
-            elif methods.has_rank(site.method):
-                bands = parse_bands(site.options.get("bands", "16"))
-                sites.append(allocate.with_rank(site, allocate.paper_rank(site.shape, 1 / ratio, bands)))
-            else:
-                sites.append(allocate.fixed(site))
         self.contents = replace(self.contents, sites=sites)
 
     # ------------------------------------------------------------------------------------------ calibration
@@ -246,24 +225,16 @@ class _Job:
         if tokens is None:
             tokens = 32_768 if self.device == "cpu" else 262_144
         most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length
-        tokenizer = self.tokenizer()
+        tokenizer = calibrate.read_tokenizer(self.tuned.folder)
         source = None if calibration is None else Path(calibration)
         return calibrate.read_tokens(source, tokenizer, tokens=tokens, length=min(length, most), seed=seed)
-
-    def tokenizer(self) -> Any:
-        try:
-            return transformers.AutoTokenizer.from_pretrained(str(self.tuned.folder))
-        except (OSError, ValueError, KeyError) as error:
-            raise BadInput(
-                f"{self.tuned.folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
-                "copy the base's tokenizer files there, or compress with --calibration none"
-            ) from None
 
     def key(self, windows: Tensor | None, activations: str, text: Tensor | None, distil: int) -> str:
         """What determines the bytes: inputs, Plan, calibration, versions, device and threads."""
         hashes = self.tuned.fingerprints(self.tuned.names())
         calibration = [
-            None if ids is None else [*ids.shape, hashlib.sha256(ids.numpy().tobytes()).hexdigest()] for ids in (windows, text)
+            None if ids is None else [*ids.shape, hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
+            for ids in (windows, text)
         ]
         parts = [
             __version__,
@@ -286,9 +257,13 @@ class _Job:
         if free < 2 * self.contents.nbytes():
             need = 2 * self.contents.nbytes()
             journal.finish()
-            raise BayouError(f"{self.out.parent} has {free:,} bytes free, {need:,} are needed (file and journal); free some space")
+            raise BayouError(
+                f"{self.out.parent} has {free:,} bytes free, {need:,} are needed (file and journal); free some space"
+            )
         todo = set(range(len(self.sites)))
-        layers_path, layers = skeleton.decoder_layers(self.model) if windows is not None else ("", [])
+        layers_path, layers = "", nn.ModuleList()
+        if windows is not None:
+            layers_path, layers = skeleton.decoder_layers(self.model)
         by_layer: dict[int, list[int]] = {}
         for index, site in enumerate(self.sites):
             place = self.places.get(site.tensor)
@@ -351,7 +326,7 @@ class _Job:
         if found != site.terms:
             raise AssertionError(f"{site.name}: method {site.method} promised {site.terms}, made {found}")
         with clock.step("measure error"):
-            error = _relative_error(matrix.blocks(), Delta(site.shape, terms))
+            error = inventory.relative_error(matrix, Delta(site.shape, terms))
         self.errors[index] = error
         journal.put(index, pack_terms(terms), error)
 
@@ -409,7 +384,7 @@ class _Job:
         for index in gains:
             site = self.sites[index]
             matrix = inventory.delta_matrix(site, self.base, self.tuned, "cpu")
-            self.errors[index] = _relative_error(matrix.blocks(), Delta(site.shape, fitted(index)))
+            self.errors[index] = inventory.relative_error(matrix, Delta(site.shape, fitted(index)))
         return self.contents.write(path, blob, [self.errors[i] for i in range(len(self.sites))])
 
     def errors_by_role(self) -> dict[str, float]:
@@ -422,16 +397,3 @@ class _Job:
                 total[0] += weights * self.errors[index] ** 2
                 total[1] += weights
         return {role: (total / count) ** 0.5 for role, (total, count) in sums.items()}
-
-
-def _relative_error(blocks: Any, delta: Delta) -> float:
-    """||delta - coded|| / ||delta||, Frobenius."""
-    lost = total = 0.0
-    for start, block in blocks:
-        for first in range(0, len(block), 4096):
-            rows = block[first : first + 4096]
-            coded = delta.materialize(start + first, start + first + len(rows))
-            lost += float((rows.double() - coded.to(rows.device)).square().sum())
-            total += float(rows.double().square().sum())
-    return (lost / total) ** 0.5 if total else 0.0
-

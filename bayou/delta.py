@@ -11,13 +11,13 @@ reference are fp64; one rounding to the target's dtype ends it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
 
-from bayou.packed import Packed, round_once
+from bayou.packed import Packed, moved, round_once
 
 ROWS = 4096
 """Rows restored at once: bounds the fp64 scratch to 4096 x in, whatever the size of an embedding."""
@@ -52,9 +52,8 @@ class Dense:
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Rows of the term, (n, in) fp64."""
-        picked = self.weight.take(rows) if isinstance(rows, Tensor) else self.weight.unpack(start=rows.start, stop=rows.stop)
         scale = None if self.output_scale is None else self.output_scale[rows]
-        return _scaled(picked.double(), self.gain, scale, self.input_scale)
+        return _scaled(self.weight.take(rows).double(), self.gain, scale, self.input_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,17 +80,12 @@ class LowRank:
         """x (..., in) -> x @ term.T (..., out), in x's dtype."""
         if self.input_scale is not None:
             x = x * self.input_scale.to(x.dtype)
-        y = sum((x @ v.unpack(x.dtype).T) @ u.unpack(x.dtype).T for u, v in self.blocks)
+        y = reduce(torch.add, ((x @ v.unpack(x.dtype).T) @ u.unpack(x.dtype).T for u, v in self.blocks))
         return y * self.gain if self.output_scale is None else y * self.gain * self.output_scale.to(x.dtype)
 
     def rows(self, rows: slice | Tensor) -> Tensor:
         """Rows of the term, (n, in) fp64."""
-        total: Tensor | None = None
-        for u, v in self.blocks:
-            left = u.take(rows) if isinstance(rows, Tensor) else u.unpack(start=rows.start, stop=rows.stop)
-            part = left.double() @ v.unpack().double()
-            total = part if total is None else total + part
-        assert total is not None  # the reader refuses a LowRank without blocks
+        total = reduce(torch.add, (u.take(rows).double() @ v.unpack().double() for u, v in self.blocks))
         scale = None if self.output_scale is None else self.output_scale[rows]
         return _scaled(total, self.gain, scale, self.input_scale)
 
@@ -115,7 +109,8 @@ class Delta:
         """The terms' product x @ terms.T, (..., in) -> (..., out), in x's dtype, without the reference."""
         if not self.terms:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
-        return torch.stack([term.apply(x) for term in self.terms]).sum(0) if len(self.terms) > 1 else self.terms[0].apply(x)
+        products = [term.apply(x) for term in self.terms]
+        return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
     def lookup(self, ids: Tensor) -> Tensor:
         """Rows of the sum of the terms for `ids` (...) -> (..., in) fp32: an embedding's delta."""
@@ -129,10 +124,7 @@ class Delta:
         rows = slice(start, self.shape[0] if stop is None else min(stop, self.shape[0]))
         if not self.terms:
             return torch.zeros(rows.stop - start, self.shape[1], dtype=torch.float64)
-        total = self.terms[0].rows(rows)
-        for term in self.terms[1:]:
-            total = total + term.rows(rows)
-        return total
+        return reduce(torch.add, (term.rows(rows) for term in self.terms))
 
     def restore(self, reference: Tensor | None, dtype: torch.dtype) -> Tensor:
         """gain * reference + terms, (out, in), summed in fp64 and rounded once to `dtype`."""
@@ -153,15 +145,4 @@ class Delta:
 
     def to(self, device: torch.device | str) -> "Delta":
         """The same on another device."""
-        return replace(self, terms=_to(self.terms, device))
-
-
-def _to(value: Any, device: torch.device | str) -> Any:
-    """Terms, blocks of factors and tensors, moved; whatever else they hold, as it is."""
-    if isinstance(value, Tensor | Packed):
-        return value.to(device)
-    if isinstance(value, tuple):
-        return tuple(_to(item, device) for item in value)
-    if isinstance(value, Dense | LowRank):
-        return replace(value, **{field.name: _to(getattr(value, field.name), device) for field in fields(value)})
-    return value
+        return moved(self, device)

@@ -16,7 +16,6 @@ and `verify` reads all.
 import hashlib
 import json
 import re
-import struct
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -39,56 +38,14 @@ from bayou.checkpoint import (
     read_header,
     write_safetensors,
 )
-from bayou.delta import Delta, Dense, LowRank, Term
+from bayou.delta import Delta
+from bayou.entry import unpack_terms
 from bayou.errors import BadFile, DamagedFile, WrongBase
-from bayou.methods import TermLayout
-from bayou.packed import Packed, aligned
 from bayou.plan import SiteRecord
 
 FORMAT, VERSION = "bayou", "1"
 _MAX_ELEMENTS = 2**40
 _FILE = ".file."
-
-
-def pack_terms(terms: Iterable[Term]) -> bytes:
-    """A site's entry: for each term its gain (fp32), channel scales (fp16) and matrices, each on 16 bytes."""
-    pieces = bytearray()
-
-    def put(raw: bytes | memoryview) -> None:
-        pieces.extend(raw)
-        pieces.extend(bytes(aligned(len(raw)) - len(raw)))
-
-    for term in terms:
-        put(struct.pack("<f", term.gain))
-        for scale in (term.output_scale, term.input_scale):
-            if scale is not None:
-                put(as_bytes(scale.to(torch.float16)))
-        for packed in term.factors():
-            for part in packed.parts:
-                put(as_bytes(part))
-    return bytes(pieces)
-
-
-def unpack_terms(buffer: Tensor, layouts: tuple[TermLayout, ...], shape: tuple[int, int]) -> tuple[Term, ...]:
-    """The terms that lie in a site's entry, as views of it."""
-    terms: list[Term] = []
-    at = 0
-    for layout in layouts:
-        gain = float(buffer[at : at + 4].view(torch.float32))
-        at += aligned(4)
-        scales: list[Tensor | None] = []
-        for present, length in ((layout.output_scale, shape[0]), (layout.input_scale, shape[1])):
-            scales.append(buffer[at : at + 2 * length].view(torch.float16) if present else None)
-            at += aligned(2 * length) * present
-        matrices = []
-        for spec, size in layout.matrices(shape):
-            packed, at = Packed.view(spec, size, buffer, at)
-            matrices.append(packed)
-        if layout.kind == "Dense":
-            terms.append(Dense(matrices[0], gain, *scales))
-        else:
-            terms.append(LowRank(tuple(zip(matrices[::2], matrices[1::2], strict=True)), gain, *scales))
-    return tuple(terms)
 
 
 @dataclass(frozen=True)
@@ -175,7 +132,9 @@ class Contents:
         return write_safetensors(path, outputs + _closing(len(outputs), digests, metadata, outputs), metadata)
 
 
-def _closing(count: int, digests: list[bytes], metadata: dict[str, str], outputs: list[Output] | None = None) -> list[Output]:
+def _closing(
+    count: int, digests: list[bytes], metadata: dict[str, str], outputs: list[Output] | None = None
+) -> list[Output]:
     """The entries .digests and .root; their bytes are known once all others have been written."""
     closing: list[Output] = []
 
@@ -215,11 +174,15 @@ class DeltaFile:
             raise BadFile(f"{self.path} is not a .bayou file (its metadata do not say format=bayou)")
         version = metadata.get("version", "")
         if version.split(".")[0] != VERSION:
-            raise BadFile(f"{self.path} is of format version {version!r}; this Bayou reads {VERSION}; install a newer Bayou")
+            raise BadFile(
+                f"{self.path} is of format version {version!r}; this Bayou reads {VERSION}; install a newer Bayou"
+            )
         digests = bytes(read_bytes(self._file, entries[".digests"].start, entries[".digests"].stop))
         root = bytes(read_bytes(self._file, entries[".root"].start, entries[".root"].stop))
         if hashlib.sha256(raw + digests).digest() != root or len(digests) != 32 * (len(names) - 2):
-            raise DamagedFile(f"{self.path}: header and digests do not give the root that was written; the file is damaged")
+            raise DamagedFile(
+                f"{self.path}: header and digests do not give the root that was written; the file is damaged"
+            )
         self._digests = {name: digests[32 * i : 32 * i + 32] for i, name in enumerate(names[:-2])}
         self._entries = entries
         self.root = root.hex()
@@ -256,7 +219,9 @@ class DeltaFile:
         for name, site in self.sites.items():
             entry = self._entries[name]
             if entry.dtype != "U8" or entry.stop - entry.start != site.nbytes or site.dtype not in DTYPES:
-                raise BadFile(f"{self.path}: entry {name!r} has {entry.stop - entry.start:,} bytes, its Plan says {site.nbytes:,}")
+                raise BadFile(
+                    f"{self.path}: entry {name!r} has {entry.stop - entry.start:,} bytes, its Plan says {site.nbytes:,}"
+                )
             if prod(site.shape) > _MAX_ELEMENTS:
                 raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
         self.exact = [name for name in names[count:] if not name.startswith(".")]
@@ -287,7 +252,11 @@ class DeltaFile:
                 whole.append(name)
                 continue
             grown, entry = self.sites.get(name.rpartition("[")[0]), self._entries[name]
-            end = None if grown is None else (f"{grown.tensor}[{grown.disk_shape[0]}:]", grown.dtype, grown.disk_shape[1:])
+            end = (
+                None
+                if grown is None
+                else (f"{grown.tensor}[{grown.disk_shape[0]}:]", grown.dtype, grown.disk_shape[1:])
+            )
             if end != (name, entry.dtype, entry.shape[1:]) or not entry.shape:
                 raise BadFile(f"{self.path}: the rows {name!r} do not continue a site")
         if len(set(whole)) != len(whole):
@@ -354,7 +323,7 @@ class DeltaFile:
         return sorted({s.reference for s in self.sites.values() if s.reference is not None} | set(self.unchanged))
 
     def check_base(self, base: Checkpoint, *, rehash: bool = False) -> None:
-        """Raises WrongBase, naming the first differing tensor, unless `base` is the one that the file was made against."""
+        """Raises WrongBase, naming the first differing tensor, unless `base` is what the file was made against."""
         names = self.used()
         hashes = bytes(self.read_raw(".base"))
         if len(hashes) != 32 * len(names):
@@ -362,7 +331,9 @@ class DeltaFile:
         wanted = f"{self.path} was made against {self.base['id'] or 'another base'} (root {self.base['root'][:12]})"
         for name in names:
             if name not in base:
-                raise WrongBase(f"{wanted}, but {base.folder} has no tensor {name!r}; pass the base it was made against")
+                raise WrongBase(
+                    f"{wanted}, but {base.folder} has no tensor {name!r}; pass the base it was made against"
+                )
         found = base.fingerprints(names, rehash=rehash)
         for index, name in enumerate(names):
             if found[name] != hashes[32 * index : 32 * index + 32]:
@@ -376,7 +347,12 @@ class DeltaFile:
             shape = base.shape(site.reference)
             inside = site.reference_part is None or (site.reference_part,) < shape[:1]
             shape = shape if site.reference_part is None else shape[1:]
-            fits = inside and len(shape) == len(site.disk_shape) and shape[1:] == site.disk_shape[1:] and shape[:1] >= site.disk_shape[:1]
+            fits = (
+                inside
+                and len(shape) == len(site.disk_shape)
+                and shape[1:] == site.disk_shape[1:]
+                and shape[:1] >= site.disk_shape[:1]
+            )
             if not fits:
                 raise BadFile(f"{self.path}: site {site.name!r} is {site.disk_shape}, its reference {shape}")
 
@@ -389,7 +365,7 @@ class DeltaFile:
         return len(self._entries)
 
     def read_file(self, name: str, base_folder: Path) -> bytes:
-        """A config or tokenizer file of the fine-tune, whole, made from the base's where it was stored as a difference."""
+        """A config or tokenizer file of the fine-tune, whole, also where a difference from the base's is stored."""
         path = base_folder / name
         old = path.read_bytes() if path.is_file() else None
         if _FILE + name in self._entries:
@@ -397,7 +373,9 @@ class DeltaFile:
         if name not in self._files:
             raise BadFile(f"{self.path} holds no {name}")
         if old is None or sidecar.digest(old) != self._files[name]:
-            raise WrongBase(f"the base's {name} is not the one that {self.path} was made against; use the base's own revision")
+            raise WrongBase(
+                f"the base's {name} is not the one that {self.path} was made against; use the base's own revision"
+            )
         return old
 
     def fine_tune_config(self, base_folder: Path) -> dict[str, Any]:
@@ -409,4 +387,3 @@ class DeltaFile:
         if not isinstance(config, dict):
             raise BadFile(f"{self.path}: its config.json is not a JSON object")
         return config
-

@@ -1,13 +1,12 @@
 """Fit the gains of all terms to the fine-tune's logits: BitDelta's scale distillation.
 
-https://arxiv.org/abs/2402.10193, section 3.2: with the signs fixed, minimise over the scales the mean squared error between
-the fine-tune's logits Z and the compressed model's, ||Z(x) - Z'(x; gains)||^2, with AdamW and a cosine schedule, 200
-steps of 4 windows of 128 tokens. Nothing but one number a term is trained, so it works for any method's terms. The
-step is relative to the gain, since a gain is as small as the delta it scales.
+https://arxiv.org/abs/2402.10193, section 3.2: with the signs fixed, minimise over the scales the mean squared error
+between the fine-tune's logits Z and the compressed model's, ||Z(x) - Z'(x; gains)||^2, with AdamW and a cosine
+schedule, 200 steps of 4 windows of 128 tokens. Nothing but one number a term is trained, so it works for any method's
+terms. The step is relative to the gain, since a gain is as small as the delta it scales.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch

@@ -10,6 +10,9 @@ BayouError
 └── JournalMismatch a half-finished compression in OUT.journal/ that belongs to other inputs
 """
 
+import errno
+from pathlib import Path
+
 
 class BayouError(Exception):
     """Any error that is the input's, not Bayou's; the command line prints it in one line and exits with 1."""
@@ -50,3 +53,11 @@ class WrongBase(BayouError):
 
 class JournalMismatch(BayouError):
     """OUT.journal/ holds a compression of other inputs, another Plan or another version."""
+
+
+def disk_error(error: OSError, path: Path) -> BayouError:
+    """A full disk or a forbidden folder in one clear sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        way_out = "nothing was left behind. Free some space, or write elsewhere"
+        return BayouError(f"no space left to write {path}; {way_out}")
+    return BayouError(f"cannot write {path}: {error.strerror or error}")

@@ -157,17 +157,13 @@ def _batches(rows: list[_Row], most: int, vocabulary: int) -> Iterator[list[int]
 
 
 @torch.no_grad()
-def _compare(
-    reference: PreTrainedModel, candidate: PreTrainedModel, rows: list[_Row], device: torch.device
-) -> Tensor:
+def _compare(reference: PreTrainedModel, candidate: PreTrainedModel, rows: list[_Row], device: torch.device) -> Tensor:
     """(rows, _SUMS): what is summed over the scored tokens of each row."""
     width, first = max(len(row.ids) for row in rows), min(row.start for row in rows)
     # Right-padded with the row's last token: causal attention never sees it, nothing takes it for padding.
     ids = torch.tensor([row.ids + row.ids[-1:] * (width - len(row.ids)) for row in rows], device=device)
     scored = torch.tensor([[row.start <= i < len(row.ids) for i in range(first, width)] for row in rows])
-    keep = torch.arange(
-        first - 1, width - 1, device=device
-    )  # the logits there predict the tokens first..width
+    keep = torch.arange(first - 1, width - 1, device=device)  # the logits there predict the tokens first..width
     right, ours = _logits(reference, ids, keep), _logits(candidate, ids, keep)
     vocabulary = right.shape[-1]
     if ours.shape[-1] != vocabulary:

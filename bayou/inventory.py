@@ -16,6 +16,7 @@ from torch import Tensor
 from bayou import methods
 from bayou.checkpoint import Checkpoint
 from bayou.decompose import Matrix
+from bayou.delta import ROWS, Delta
 from bayou.deltafile import Exact
 from bayou.errors import BadInput, Unsupported
 from bayou.plan import SiteRecord
@@ -63,7 +64,9 @@ def canonical(name: str) -> str:
     return ".".join(parts)
 
 
-def match(base: Checkpoint, tuned: Checkpoint, base_places: dict[str, Place], places: dict[str, Place]) -> dict[str, str]:
+def match(
+    base: Checkpoint, tuned: Checkpoint, base_places: dict[str, Place], places: dict[str, Place]
+) -> dict[str, str]:
     """Disk name in the fine-tune -> disk name in the base. Tensors without a counterpart are absent."""
     by_canonical: dict[str, list[str]] = {}
     for name in base.names():
@@ -88,11 +91,12 @@ def take(
     *,
     method: str,
     options: dict[str, Any],
-    embedding_options: dict[str, Any],
+    tables: dict[str, Any],
     keep: tuple[str, ...] = (),
 ) -> Inventory:
     """Decide what stands for each tensor of the fine-tune; reads both checkpoints once, in blocks of rows.
 
+    tables: options of embeddings and heads, and "method" where they have one of their own.
     keep: words of KEEP, or regular expressions that a disk name fully matches; such tensors are stored exactly.
     Raises Unsupported, naming the tensor, for a dtype that cannot be read and for weights that are not finite.
     """
@@ -100,15 +104,17 @@ def take(
     sites: list[SiteRecord] = []
     exact: list[Exact] = []
     unchanged: list[str] = []
-    table_method = embedding_options.get("method", method)
-    table_options = {key: value for key, value in embedding_options.items() if key != "method"}
+    table_method = tables.get("method", method)
+    table_options = {key: value for key, value in tables.items() if key != "method"}
     if table_method == method:
         table_options = options | table_options
     table_options = methods.check(table_method, table_options)
 
     for name in sorted(tuned.names(), key=natural):
         if name.startswith(".") or name.endswith("]"):
-            raise Unsupported(f"{tuned.folder}: the tensor name {name!r} has a meaning of its own in a .bayou file; rename it")
+            raise Unsupported(
+                f"{tuned.folder}: the tensor name {name!r} has a meaning of its own in a .bayou file; rename it"
+            )
         place = places.get(name)
         role = place.role if place else "other"
         dtype, shape = tuned.dtype(name), tuned.shape(name)
@@ -118,13 +124,20 @@ def take(
             base.dtype(reference)  # Unsupported, naming it, before any work
             same, finite = _compare(base, reference, tuned, name, rows)
             if not finite:
-                raise Unsupported(f"{tuned.folder}: tensor {name!r} (or the base's) holds NaN or infinite values; mend the checkpoint")
+                raise Unsupported(
+                    f"{tuned.folder}: tensor {name!r} (or the base's) holds NaN or infinite values; mend the checkpoint"
+                )
             if same and rows == shape[0] and base.dtype(reference) == dtype and reference == name:
                 unchanged.append(name)
                 continue
         else:
             same = False
-        coded = dtype.is_floating_point and rows > 0 and (same or _codable(shape, dtype, role)) and not (kept(name, role) and not same)
+        coded = (
+            dtype.is_floating_point
+            and rows > 0
+            and (same or _codable(shape, dtype, role))
+            and not (kept(name, role) and not same)
+        )
         if not coded or reference is None:
             exact.append(_exact(tuned, name))
             continue
@@ -141,7 +154,9 @@ def _keeper(keep: tuple[str, ...]) -> Any:
     try:
         patterns = [re.compile(word) for word in keep if word not in KEEP]
     except re.error as error:
-        raise BadInput(f"keep: {error.pattern!r} is neither one of {', '.join(KEEP)} nor a regular expression: {error}") from None
+        raise BadInput(
+            f"keep: {error.pattern!r} is neither one of {', '.join(KEEP)} nor a regular expression: {error}"
+        ) from None
     return lambda name, role: role in roles or any(pattern.fullmatch(name) for pattern in patterns)
 
 
@@ -243,3 +258,15 @@ def delta_matrix(site: SiteRecord, base: Checkpoint, tuned: Checkpoint, device: 
         return new - read_matrix(base, site.reference, site.reference_part, site, start, stop).to(device).float()
 
     return Matrix(site.shape, read)
+
+
+def relative_error(matrix: Matrix, delta: Delta) -> float:
+    """||matrix - delta|| / ||matrix||, Frobenius; 0 for a matrix of zeros."""
+    lost = total = 0.0
+    for start, block in matrix.blocks():
+        for first in range(0, len(block), ROWS):
+            rows = block[first : first + ROWS]
+            coded = delta.materialize(start + first, start + first + len(rows))
+            lost += float((rows.double() - coded.to(rows.device)).square().sum())
+            total += float(rows.double().square().sum())
+    return (lost / total) ** 0.5 if total else 0.0

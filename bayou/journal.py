@@ -14,8 +14,7 @@ import struct
 from pathlib import Path
 from types import TracebackType
 
-from bayou.checkpoint import disk_error
-from bayou.errors import BayouError, JournalMismatch
+from bayou.errors import BayouError, JournalMismatch, disk_error
 
 
 class Journal:
@@ -45,7 +44,9 @@ class Journal:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BayouError(f"another compression is writing {self.out}; wait for it, or choose another output") from None
+            raise BayouError(
+                f"another compression is writing {self.out}; wait for it, or choose another output"
+            ) from None
         key_file = self.folder / "key"
         try:
             for left in self.out.parent.glob(f".{glob.escape(self.out.name)}.*.tmp"):  # by a killed write of the output
@@ -61,7 +62,9 @@ class Journal:
             self.finish()
             raise disk_error(error, self.out) from error
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, BayouError):
             self.finish()  # a full disk, or an input that would be refused again: nothing to go on with
         self._lock.close()
@@ -83,7 +86,7 @@ class Journal:
             raise disk_error(failure, self.out) from failure
 
     def _digest(self, payload: bytes) -> bytes:
-        # With the key, so that a site of another compression, left by a removal that was cut short, never counts as done.
+        # With the key: a site of another compression, left by a removal that was cut short, never counts as done.
         return hashlib.sha256(self._key.encode() + payload).digest()
 
     def get(self, index: int) -> tuple[bytes, float] | None:

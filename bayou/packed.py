@@ -23,8 +23,9 @@ make 32 (LOG.md, 2026-11-23).
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -182,18 +183,15 @@ class Packed:
 
     def to(self, device: torch.device | str) -> "Packed":
         """The same on another device."""
-        return Packed(self.spec, self.shape, tuple(part.to(device) for part in self.parts))
+        return moved(self, device)
 
     def unpack(self, dtype: torch.dtype = torch.float32, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop as floats (rows, cols); the arithmetic is fp32, one multiplication a number."""
         stop = self.shape[0] if stop is None else min(stop, self.shape[0])
-        return self._rows(slice(start, stop)).to(dtype)
+        return self.take(slice(start, stop)).to(dtype)
 
-    def take(self, rows: Tensor) -> Tensor:
-        """The rows whose indexes are given (n,), as fp32 (n, cols)."""
-        return self._rows(rows)
-
-    def _rows(self, rows: slice | Tensor) -> Tensor:
+    def take(self, rows: slice | Tensor) -> Tensor:
+        """The rows of a slice, or those whose indexes are given (n,), as fp32 (n, cols)."""
         if self.spec.floats:
             return self.parts[0][rows].float()
         planes = len(PLANES[self.spec.bits])
@@ -212,6 +210,17 @@ class Packed:
         if per_group.shape[1] == 1 or not self.spec.group:
             return per_group
         return per_group.repeat_interleave(self.spec.group, dim=1)[:, : self.shape[1]]
+
+
+def moved(value: Any, device: torch.device | str) -> Any:
+    """`value` on another device: a tensor, or whatever tensors a tuple or a frozen dataclass holds, at any depth."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(moved(item, device) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: moved(getattr(value, field.name), device) for field in fields(value)})
+    return value
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -115,7 +115,9 @@ def loads(text: str, names: list[str]) -> list[SiteRecord]:
             raise ValueError(f"{len(entries)} sites, but {len(names)} entries")
         return [_site(name, entry, templates) for name, entry in zip(names, entries, strict=True)]
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise BadFile(f"the Plan is not well-formed ({error}); the file was not written by Bayou, or is damaged") from None
+        raise BadFile(
+            f"the Plan is not well-formed ({error}); the file was not written by Bayou, or is damaged"
+        ) from None
 
 
 def _integer(value: Any, least: int, most: int) -> int:
@@ -183,7 +185,8 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
     tensor, part = split_name(name)
     if part is not None:
         _integer(part, 0, MAX_DIMENSION)
-    reference, reference_part = tensor, part
+    reference: str | None = tensor
+    reference_part = part
     if "reference" in own:
         reference = None if own["reference"] is None else _text(own["reference"])
         reference_part = _integer(own["part"], 0, MAX_DIMENSION) if "part" in own else None

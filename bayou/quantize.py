@@ -159,5 +159,5 @@ def spread(scale: Tensor, zero: Tensor, spec: Spec, cols: int) -> Grid:
     """Per-group scales and zero points (..., rows, groups) as a Grid over (..., rows, cols)."""
     size = spec.group or cols
     top = torch.full((1, 1), float(2**spec.bits - 1), device=scale.device)
-    wide = (part.repeat_interleave(size, dim=-1)[..., :cols] for part in (scale, zero))
-    return Grid(*wide, top)
+    wide_scale, wide_zero = (part.repeat_interleave(size, dim=-1)[..., :cols] for part in (scale, zero))
+    return Grid(wide_scale, wide_zero, top)

@@ -117,7 +117,9 @@ def table(found: dict[str, Any]) -> Group:
     share = 100 * found["bookkeeping"] / found["bytes"]
     shown.add_row(BOOKKEEPING, "", f"{found['bookkeeping']:,}", "", "", f"{share:.2f} % of the file")
     base = found["base"]
-    return Group(shown, f"base: {base['id'] or 'a local folder'}, root {base['root'][:16]}   file root: {found['root'][:16]}")
+    return Group(
+        shown, f"base: {base['id'] or 'a local folder'}, root {base['root'][:16]}   file root: {found['root'][:16]}"
+    )
 
 
 def verify(file: str | Path, base: str | Path | None = None) -> dict[str, Any]:
@@ -175,7 +177,8 @@ def plot(file: str | Path, out: str | Path, site: str | None = None) -> None:
     figure = Figure(figsize=(4.6 * columns, 3.2 * rows), layout="constrained")
     for place, (name, bands) in enumerate(drawn):
         axes = figure.add_subplot(rows, columns, place + 1)
-        start, labels = 0, {}
+        start = 0
+        labels: dict[str, Any] = {}
         for spec, values in bands:
             bits = {"f16": "16", "bf16": "16", "f32": "32"}.get(spec) or spec[0]
             colour = f"C{(int(bits) - 1) % 10}"

@@ -1,7 +1,7 @@
 """From the base and a .bayou file back to an ordinary Hugging Face checkpoint, loadable by anything.
 
-Tensor by tensor: gain * reference + terms, summed in fp64 and rounded once to the fine-tune's dtype; exact and unchanged
-tensors bit for bit. The base is checked before the first byte is written.
+Tensor by tensor: gain * reference + terms, summed in fp64 and rounded once to the fine-tune's dtype; exact and
+unchanged tensors bit for bit. The base is checked before the first byte is written.
 """
 
 import contextlib
@@ -10,15 +10,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bayou.checkpoint import DTYPES, Checkpoint, Output, atomic, disk_error, resolve, write_safetensors
+from bayou.checkpoint import DTYPES, Checkpoint, Output, atomic, resolve, write_safetensors
 from bayou.deltafile import DeltaFile
-from bayou.errors import BadFile, BadInput
+from bayou.errors import BadFile, BadInput, disk_error
 from bayou.inventory import read_matrix
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -121,7 +122,7 @@ def restore(
             raise BadFile(f"{file}: tensor {name!r} is said to equal the base's, which has none")
         word, shape = restorer.spec(name)
         target = words[dtype] if dtype and DTYPES[word].is_floating_point else word
-        outputs.append(Output(name, target, shape, lambda name=name, target=target: restorer.pieces(name, DTYPES[target])))
+        outputs.append(Output(name, target, shape, partial(restorer.pieces, name, DTYPES[target])))
     if dtype and "config.json" in files:
         files["config.json"] = _with_dtype(files["config.json"], dtype)
     with _appearing(folder) as work:
@@ -182,4 +183,3 @@ def _with_dtype(content: bytes, dtype: str) -> bytes:
     key = "torch_dtype" if "torch_dtype" in config else "dtype"
     config[key] = dtype
     return (json.dumps(config, indent=2) + "\n").encode()
-

@@ -80,7 +80,9 @@ def patched(name: str, old: bytes | None, stored: bytes) -> bytes:
     except (zlib.error, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadFile(f"the stored difference of {name} is not well-formed ({error})") from None
     if expected is not None and (old is None or digest(old) != expected):
-        raise WrongBase(f"the base's {name} is not the one that this file was made against; use the base's own revision")
+        raise WrongBase(
+            f"the base's {name} is not the one that this file was made against; use the base's own revision"
+        )
     pieces = _PIECE.findall(old or b"") if expected is not None else []
     new = bytearray()
     try:

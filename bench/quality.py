@@ -1,9 +1,9 @@
 """Compress, restore and score the test bed's fine-tunes: every quality figure in README and LOG.md comes from here.
 
-    python bench/quality.py --testbed PATH/testbed.py --models TB --set final --device cuda --workers 8 --out bench/results
+    python bench/quality.py --testbed PATH/testbed.py --models TB --set sixteen --device cuda --workers 4
 
-TB is what `testbed.py build TB` makes. Scores are the test bed's own (1,500 test rows of intent, all of sql); sets whose
-name begins with "tune" are scored on training rows that calibration does not see. One JSON line a run is
+TB is what `testbed.py build TB` makes. Scores are the test bed's own (1,500 test rows of intent, all of sql); sets
+whose name begins with "tune" are scored on training rows that calibration does not see. One JSON line a run is
 appended to OUT/SET.jsonl, with device and versions; runs that are there already are not repeated.
 """
 
@@ -76,27 +76,21 @@ def runs(which: str) -> list[Run]:
         found += both("lora", lora=269_060_552 // 16)
     if which == "linears":
         plain = {"refit": False}
-        for kind in ("finetuned", "compressed"):
-            for text in ("task", "wikitext", "python") if kind == "finetuned" else ("task",):
-                for name, options in (("published", plain), ("refit", {})):
-                    label = f"{name}, {kind} activations, {text}"
-                    found += both(label, options=options, activations=kind, text=text, **LINEARS_ONLY)
+        for name, options in (("published", plain), ("refit", {})):
+            for text in ("task", "wikitext", "python"):
+                found += both(f"{name}, finetuned activations, {text}", options=options, text=text, **LINEARS_ONLY)
+            compressed = LINEARS_ONLY | {"activations": "compressed"}
+            found += both(f"{name}, compressed activations, task", options=options, **compressed)
         permutation = 30 * (3 * 576 + 1536) * 2
         dynamic = LINEARS_ONLY | {"budget": LINEARS_ONLY["budget"] - permutation, "dynamic": True}
         found += both("published, dynamic groups, finetuned activations, task", options=plain, **dynamic)
         found += both("refit, dynamic groups, finetuned activations, task", options={}, **dynamic)
-        found += both("published, no act-order", options=plain | {"act_order": False}, **LINEARS_ONLY)
-        found += both("refit, no calibration", options={}, calibration="none", **LINEARS_ONLY)
     if which == "ladder":
-        ladder = ["16", "8", "4", "3", "2", "16x2,3", "8x2,3", "8x2,2", "4x2,3", "8x34,2", "3x34,2", "8x2,3x32,2", "8x2,4x32,2"]
-        for bands in ladder:
-            found += both(f"bands {bands}, no refit", ratio=16, options={"bands": bands, "refit": False})
-        for bands in ("3", "2", "8x2,3", "8x2,3x32,2", "8x2,4x32,2"):
-            found += both(f"bands {bands}", ratio=16, options={"bands": bands})
+        for bands in ("16", "8", "4", "3", "2", "16x2,3", "8x2,3", "8x2,2", "4x2,3", "3x34,2", "8x2,3x32,2"):
+            found += both(f"bands {bands}", ratio=16, options={"bands": bands, "refit": False})
     if which == "ratios":
-        for ratio in (16, 18, 20, 22, 26, 32, 64):
+        for ratio in (18, 20, 22, 26, 32):
             found += both(f"deltacome 1/{ratio}", ratio=ratio)
-            found += both(f"deltacome as published 1/{ratio}", ratio=ratio, options={"refit": False})
     if not found:
         raise SystemExit(f"no set {which!r}")
     return found
@@ -126,7 +120,9 @@ def calibration_file(testbed: ModuleType, task: str, text: str, folder: Path) ->
     if text == "wikitext":
         (folder / "wikitext.txt").write_text(testbed.calibration_text())
         return str(folder / "wikitext.txt")
-    lines = [{"prompt": testbed.prompt(task, q), "answer": a + "<|im_end|>"} for q, a in training_rows(testbed, task, False)]
+    lines = [
+        {"prompt": testbed.prompt(task, q), "answer": a + "<|im_end|>"} for q, a in training_rows(testbed, task, False)
+    ]
     (folder / "calibration.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return str(folder / "calibration.jsonl")
 
@@ -228,7 +224,9 @@ def perform(run: Run, testbed_path: str, models: str, device: str, tuning: bool)
                 deltacome.encode = plain
             found = bayou.inspect(folder / "x.bayou")
             result |= {"bytes": report.bytes, "ratio": report.ratio, "steps": report.steps, "errors": report.errors}
-            result["kinds"] = {n: {k: kind[k] for k in ("bytes", "bits", "ranks")} for n, kind in found["kinds"].items()}
+            result["kinds"] = {
+                n: {k: kind[k] for k in ("bytes", "bits", "ranks")} for n, kind in found["kinds"].items()
+            }
             result["bookkeeping"] = found["bookkeeping"]
             restore(base, folder / "x.bayou", out, dtype="float32" if reordered else None)
             if reordered:
@@ -256,7 +254,9 @@ def main() -> None:
     parser.add_argument("--only", default="", help="runs whose name contains this")
     arguments = parser.parse_args()
     machine = {
-        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if arguments.device.startswith("cuda")
+        else platform.processor() or "cpu",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "bayou": bayou.__version__,
@@ -283,8 +283,11 @@ def main() -> None:
             with open(path, "a") as file:
                 file.write(json.dumps(result) + "\n")
             score = result["score"]
-            print(f"{run['name']:50s} {run['task']:6s} {result['bytes']:>11,} B  KL {score['kl']:.5f}  acc {score['acc']:.4f}"
-                  f"  flip {score['flip']:.4f}  {result['seconds']:.0f} s", flush=True)
+            print(
+                f"{run['name']:50s} {run['task']:6s} {result['bytes']:>11,} B  KL {score['kl']:.5f}"
+                f"  acc {score['acc']:.4f}  flip {score['flip']:.4f}  {result['seconds']:.0f} s",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

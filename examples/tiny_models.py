@@ -13,15 +13,21 @@ folders written by `save_pretrained`: any tool that reads Hugging Face models ca
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import math
+import os
 import random
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import transformers
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -53,6 +59,7 @@ class Row:
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, both (rows, length)
+Progress = Callable[[str, int, int, float], None]  # model, step, of how many, loss in nats a token
 
 
 @dataclass(frozen=True)
@@ -246,12 +253,6 @@ def untrained(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM
     return LlamaForCausalLM(config)
 
 
-def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write a bf16 checkpoint with its tokenizer."""
-    model.to(torch.bfloat16).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
 def write_rows(path: Path, source: Iterator[Row], count: int) -> None:
     """Write `count` different rows as JSONL with "prompt" and "answer"."""
     distinct: dict[str, Row] = {}
@@ -261,33 +262,35 @@ def write_rows(path: Path, source: Iterator[Row], count: int) -> None:
     path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in distinct.values()))
 
 
-def make(folder: Path, *, seed: int = 0, progress: Callable[[str, int, int, float], None]) -> None:
+def recipe_of(seed: int) -> str:
+    """What the models are made by: a hash of this file and the seed."""
+    return hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
+
+
+def make(folder: Path, *, seed: int = 0, progress: Progress) -> None:
     """Train the base and its two fine-tunes into `folder`.
 
-    Writes base/, sql/ and sort/ (checkpoints), and for each task NAME-train.jsonl and NAME-test.jsonl. `progress` is
-    told (model, step, steps, loss in nats a token). Rows in NAME-test.jsonl were never trained on.
+    Writes base/, sql/ and sort/ (checkpoints), TASK-train.jsonl and TASK-test.jsonl (rows never trained on) for each
+    task, and at last made.json: {"recipe": recipe_of(seed), "seconds": {model: seconds of training}}.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = make_tokenizer()
-    base = untrained(tokenizer, seed)
-    train(
-        base,
-        reading(tokenizer, PRETRAINING, seed),
-        PRETRAINING,
-        lambda step, loss: progress("base", step, PRETRAINING.steps, loss),
-    )
-    save(base, tokenizer, folder / "base")
+    seconds = {}
+
+    def trained(name: str, model: LlamaForCausalLM, batches: Iterator[Batch], recipe: Recipe) -> None:
+        started = time.perf_counter()
+        train(model, batches, recipe, lambda step, loss: progress(name, step, recipe.steps, loss))
+        seconds[name] = time.perf_counter() - started
+        model.to(torch.bfloat16).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+    trained("base", untrained(tokenizer, seed), reading(tokenizer, PRETRAINING, seed), PRETRAINING)
     for task, recipe in FINE_TUNING.items():
         model = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-        train(
-            model,
-            lessons(tokenizer, task, recipe, seed),
-            recipe,
-            lambda step, loss, task=task, recipe=recipe: progress(task, step, recipe.steps, loss),  # type: ignore[misc]
-        )
-        save(model, tokenizer, folder / task)
+        trained(task, model, lessons(tokenizer, task, recipe, seed), recipe)
         write_rows(folder / f"{task}-train.jsonl", rows(task, held_out=False, seed=seed), TRAINING_ROWS_KEPT)
         write_rows(folder / f"{task}-test.jsonl", rows(task, held_out=True, seed=seed), HELD_OUT_ROWS)
+    (folder / "made.json").write_text(json.dumps({"recipe": recipe_of(seed), "seconds": seconds}))
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -316,3 +319,27 @@ def score(logits: torch.Tensor, labels: torch.Tensor, truth: torch.Tensor) -> tu
     ours, theirs = logits[answered].double().log_softmax(-1), truth[answered].double().log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)
     return right.double().mean().item(), divergence.mean().item()
+
+
+def main() -> None:
+    """`python tiny_models.py OUT`: the models alone."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="the folder for the models and their rows")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    torch.set_num_threads(min(4, os.cpu_count() or 1))  # more only get in each other's way at this size
+    console = Console(highlight=False)
+    with console.status("") as status:
+
+        def progress(name: str, step: int, steps: int, loss: float) -> None:
+            status.update(f"{name}: step {step} of {steps}, loss {loss:.3f} nats a token")
+            if step == steps:
+                console.print(f"  {name:5} {steps} steps of AdamW, loss {loss:.3f} nats a token")
+
+        make(given.out, seed=given.seed, progress=progress)
+
+
+if __name__ == "__main__":
+    main()

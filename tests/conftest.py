@@ -47,11 +47,7 @@ def testbed() -> Path:
     """
     builder = _builder()
     if not builder.is_file():
-        where = (
-            "BAYOU_TESTBED names no file"
-            if "BAYOU_TESTBED" in os.environ
-            else "no test bed beside the checkout"
-        )
+        where = "BAYOU_TESTBED names no file" if "BAYOU_TESTBED" in os.environ else "no test bed beside the checkout"
         pytest.skip(f"{where} ({builder.name} not found; set BAYOU_TESTBED to its path)")
     version = hashlib.sha256(builder.read_bytes()).hexdigest()[:12]
     cache = Path(tempfile.gettempdir()) / f"bayou-testbed-{os.getuid()}"

@@ -9,7 +9,7 @@ import pytest
 from pico import perturb, pico
 
 from bayou import methods
-from bayou.allocate import TABLES, allocate, least, paper_rank, with_rank
+from bayou.allocate import TABLES, allocate, by_paper, fixed, least, paper_rank, with_rank, within
 from bayou.compress import compress
 from bayou.errors import TooSmall
 from bayou.methods.deltacome import parse_bands
@@ -250,3 +250,50 @@ def test_the_papers_ranks_are_at_least_one_and_at_most_the_shorter_side() -> Non
 def test_the_papers_order_is_bands_first() -> None:
     # 16 * alpha * 64 = 32 bits: two ranks of 8, five of 3, and the bit left over buys nothing.
     assert paper_rank((128, 128), 1 / 32, parse_bands("8x2,3x32,2")) == 2 + 5
+
+
+def test_the_papers_ranks_follow_each_methods_own_bits() -> None:
+    """A lowrank of 4 bits has four times the ranks of one of 16; what has no rank or no method keeps its size."""
+    shape = (512, 768)
+    alpha = 1 / 16
+    sites = [
+        site("a", shape, "lowrank"),
+        site("b", shape, "lowrank", bits=4),
+        site("c", shape, "deltacome", bands="8x2,2"),
+        site("d", shape, "bitdelta"),
+        replace(site("e", shape, "lowrank"), method="", options={}),
+    ]
+    found = by_paper(sites, 1 / alpha)
+    assert [record.options.get("rank") for record in found] == [
+        paper_rank(shape, alpha, [(16, None)]),
+        paper_rank(shape, alpha, [(4, None)]),
+        paper_rank(shape, alpha, [(8, 2), (2, None)]),
+        None,
+        None,
+    ]
+    assert found[1].options["rank"] // found[0].options["rank"] == 4
+    assert found[3] == fixed(sites[3]) and found[4] == sites[4]
+
+
+# ------------------------------------------------------------------------------------------------ the whole file
+
+
+@pytest.mark.parametrize("method", DIALLED)
+def test_a_file_is_filled_up_to_its_limit_whatever_its_header_costs(method: str) -> None:
+    """No file falls back to the least for a few bytes by which a first guess was over (a Mixtral once did)."""
+    sites = [*model(method, layers=2), replace(site("same", (64, 64), "lowrank"), method="", options={})]
+
+    def size(picked: list[SiteRecord]) -> int:
+        variety = len({(record.shape, str(record.options)) for record in picked})
+        return total(picked) + 64 * -(-(5000 + 90 * variety) // 64)
+
+    smallest = [fixed(record) if not record.method else record for record in least(sites[:-1])] + sites[-1:]
+    fewest = size(smallest)
+    assert within(sites, fewest - 1, size, embedding_rate=0.5) == (smallest, fewest)
+    assert within(sites, fewest, size, embedding_rate=0.5) == (smallest, fewest)
+    widest = max(with_rank(record, 2).nbytes - with_rank(record, 1).nbytes for record in sites[:-1])
+    for limit in range(fewest + 20_000, fewest + 20_000 + 64 * 97, 97):
+        chosen, named = within(sites, limit, size, embedding_rate=0.5)
+        assert named == fewest and [record.name for record in chosen] == [record.name for record in sites]
+        assert limit - widest - 1024 < size(chosen) <= limit
+        assert chosen[-1] == sites[-1]

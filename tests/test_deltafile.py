@@ -19,7 +19,8 @@ from tamper import Made, everything, header_of, sha, take_apart, tensors
 
 import bayou
 from bayou.checkpoint import Checkpoint
-from bayou.deltafile import DeltaFile, pack_terms, unpack_terms
+from bayou.deltafile import DeltaFile
+from bayou.entry import pack_terms, unpack_terms
 from bayou.errors import BayouError, DamagedFile, WrongBase
 from bayou.methods import layout_of
 from bayou.report import verify

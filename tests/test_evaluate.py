@@ -175,9 +175,7 @@ def test_rows_are_chosen_by_seed(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", *ROWS)
     first = evaluate(reference, candidate, tokenizer(), data, rows=2)
     assert first["rows"] == 2 and first == evaluate(reference, candidate, tokenizer(), data, rows=2)
-    assert {evaluate(reference, candidate, tokenizer(), data, rows=1, seed=s)["tokens"] for s in range(9)} > {
-        2
-    }
+    assert {evaluate(reference, candidate, tokenizer(), data, rows=1, seed=s)["tokens"] for s in range(9)} > {2}
     one = evaluate(reference, candidate, tokenizer(), data, rows=1)
     assert one["kl_se"] is None and one["acc_se"] is None
     assert evaluate(reference, candidate, tokenizer(), data, rows=99)["rows"] == 4

@@ -17,8 +17,20 @@ PACKAGE = CHECKOUT / "bayou"
 
 # A module may import those to its left only. methods/ is one room: its files may share among themselves.
 ORDER = (
-    *("errors", "clock", "packed", "kernels", "delta", "quantize", "decompose", "methods", "plan", "allocate"),
-    *("checkpoint", "sidecar", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
+    *(
+        "version",
+        "errors",
+        "clock",
+        "packed",
+        "kernels",
+        "delta",
+        "quantize",
+        "decompose",
+        "methods",
+        "plan",
+        "allocate",
+    ),
+    *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
     *("attached", "attach", "distill", "compress", "evaluate", "report", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
@@ -132,9 +144,7 @@ def test_unsafe_calls_are_really_found(source: str) -> None:
 
 def test_no_junk_drawers() -> None:
     assert [
-        named(p)
-        for p in EVERYTHING
-        if p.stem in ("utils", "util", "helpers", "helper", "base", "misc", "common")
+        named(p) for p in EVERYTHING if p.stem in ("utils", "util", "helpers", "helper", "base", "misc", "common")
     ] == []
 
 

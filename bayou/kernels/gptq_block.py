@@ -1,6 +1,6 @@
 """One block of GPTQ's column loop.
 
-Semantics, for a tile w (batch, rows, n), n <= 128, and the upper Cholesky factor of the inverse Hessian, inverse (n, n):
+For a tile w (batch, rows, n), n <= 128, and the upper Cholesky factor of the inverse Hessian, inverse (n, n):
 
     for j in 0..n-1:
         code      = clamp(round(w_j / scale_j + zero_j), 0, top_j)          to nearest even
@@ -8,9 +8,12 @@ Semantics, for a tile w (batch, rows, n), n <= 128, and the upper Cholesky facto
         error_j   = (w_j - value_j) / inverse_jj
         w_k      -= error_j * inverse_jk              for k > j
 
-Rows never meet, so a kernel gives each program a few rows and keeps their tile in registers through all columns: one launch
-instead of some 1,500.
+Rows never meet, so a kernel gives each program a few rows and keeps their tile in registers through all columns: one
+launch instead of some 1,500.
 """
+
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ WIDTH = 128
 def gptq_block(w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
     """Values and errors of a block, both like w.
 
-    Args: Shape
+    Args:
         w, scale, zero, top: (batch, rows, n) fp32. inverse: (batch, n, n) fp32, upper triangular.
     """
     return (_triton if use_triton(w) else reference)(w, inverse, scale, zero, top)
@@ -63,18 +66,16 @@ def _triton(w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor, top: Tensor
     return values, errors
 
 
-_compiled: list = []
-
-
-def _kernel():  # type: ignore[no-untyped-def]  # Triton's own type
-    """The kernel, compiled at first use: Triton is not needed to import this file."""
-    if _compiled:
-        return _compiled[0]
+@cache
+def _kernel() -> Any:
+    """The kernel, made at the first call: Triton is not needed to import this file."""
     import triton
     import triton.language as tl
 
     @triton.jit
-    def block(w, inverse, scale, zero, top, values, errors, rows, n, si, sj, sk, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: E501, N803
+    def block(  # type: ignore[no-untyped-def]  # Triton takes annotations as its own
+        w, inverse, scale, zero, top, values, errors, rows, n, si, sj, sk, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    ):
         row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, WIDTH)
         base = tl.program_id(1).to(tl.int64) * rows * n
@@ -102,5 +103,4 @@ def _kernel():  # type: ignore[no-untyped-def]  # Triton's own type
         tl.store(values + lines[:, None] + column[None, :], tile, mask=there)
         tl.store(errors + lines[:, None] + column[None, :], lost, mask=there)
 
-    _compiled.append(block)
     return block

@@ -70,7 +70,7 @@ class Site:
 
 @dataclass(frozen=True)
 class TermLayout:
-    """A term without its bits. kind: Dense or LowRank. parts: (rank, u, v) of each block, or (0, weight, weight)."""
+    """A term without its bits. kind: Dense or LowRank. parts: (rank, u, v) of each block, or (0, weight, "")."""
 
     kind: str
     parts: tuple[tuple[int, str, str], ...]
@@ -172,5 +172,3 @@ def check(name: str, given: dict[str, Any]) -> dict[str, Any]:
     except ValueError as error:
         raise BadInput(f"method {name} cannot use {given}: {error}") from None
     return chosen
-
-

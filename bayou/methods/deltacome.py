@@ -9,8 +9,10 @@ with groups of 128, asymmetric ranges, act-order and damping .01. The published 
 8 bits, 32 in 3, the rest in 2. A band is stored in blocks of at most 128 ranks, and a block is a group of U's columns.
 
 `refit` (not in the paper; the idea is PrinMix's, arXiv 2506.11087): before U is rounded, it is replaced by the least
-squares fit of the delta to the rounded V, U* = delta G Vq^T (Vq G Vq^T)^-1, and all bands are rounded together, so that
-a later band also mends the earlier ones' errors. It costs no bytes. Without it the bands are independent, as published.
+squares fit of the delta to the rounded V, min ||(delta - U Vq) X||^2 + ridge ||(U - s U) diag(H)^(1/2)||^2 with
+H = Vq X X^T Vq^T, and all bands are rounded together, so that a later band also mends the earlier ones' errors.
+Then the term's gain makes up for what the delta lost in strength. It costs no bytes. Without refit the bands are
+independent and the gain is 1, as published.
 """
 
 import re
@@ -81,7 +83,7 @@ def layout(
     damping: float = 0.01,
     act_order: bool = True,
     refit: bool = True,
-    ridge: float = 0.1,
+    ridge: float = 1.0,
 ) -> tuple[TermLayout, ...]:
     """One LowRank whose blocks end at the bands' edges."""
     blocks = ((ranks, *_specs(shape, bits, ranks, group)) for _, bits, ranks in _blocks(bands, rank))
@@ -97,14 +99,14 @@ def encode(
     damping: float = 0.01,
     act_order: bool = True,
     refit: bool = True,
-    ridge: float = 0.1,
+    ridge: float = 1.0,
 ) -> tuple[Term, ...]:
     """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
 
     bands: see `parse_bands`. group: columns of V (and ranks of U) that share a scale. damping, act_order: GPTQ's.
-    refit: least-squares U (see above). ridge: with refit, this share of the gram's mean diagonal is added to its
-    diagonal throughout, so that the fit serves text unlike the calibration's. Without a gram, rounding is to nearest and
-    the fit is of the weights.
+    refit: least-squares U (see above), pulled towards the plain U by `ridge` (LOG.md: without that pull the fit serves
+    the calibration's text and shrinks the delta elsewhere), and the gain that gives the delta its full strength
+    again. Without a gram, rounding is to nearest and the fit is of the weights.
     """
     u, s, v = svd(site.delta, rank)
     blocks = list(_blocks(bands, len(s)))
@@ -114,8 +116,7 @@ def encode(
 
     v_specs = [Spec.parse(v_spec) for _, v_spec in specs]
     v_scales = [_grid(part, spec) for part, spec in zip(v.split(widths), v_specs, strict=True)]
-    ridge = ridge if refit else 0.0
-    factor = site.gram.factor(damping + ridge, act_order) if site.gram else None
+    factor = site.gram.factor(damping, act_order) if site.gram else None
     v_levels = [_levels(scale, spec, v.shape[1]) for scale, spec in zip(v_scales, v_specs, strict=True)]
     # Ranks are rows here: they never exchange errors, so one sweep rounds all bands.
     v_codes, v_hat = gptq(v, factor, _stack(v_levels, [(w, v.shape[1]) for w in widths], 0, v.device))
@@ -123,10 +124,10 @@ def encode(
     weighted = v_hat.double()
     if site.gram:
         moments = site.gram.matrix.to(v.device).double()
-        weighted = weighted @ moments + ridge * moments.diagonal().mean() * weighted
+        weighted = weighted @ moments
     hessian = weighted @ v_hat.double().T
     if refit:
-        u = _refit(site, gain, weighted, hessian)
+        u = _refit(site, u, v_hat, gain, weighted, hessian, ridge)
     else:
         band = torch.tensor([b for b, _, ranks in blocks for _ in range(ranks)], device=u.device)
         hessian = hessian * (band[:, None] == band)
@@ -135,6 +136,9 @@ def encode(
     u_levels = [_levels(scale, spec, w) for scale, spec, w in zip(u_scales, u_specs, widths, strict=True)]
     levels = _stack(u_levels, [(u.shape[0], w) for w in widths], 1, u.device)
     u_codes, u_hat = gptq(u, factorize(hessian, damping=damping, act_order=act_order), levels)
+    if refit:
+        # Rounded as the file will hold it.
+        gain = torch.tensor(gain * _strength(site, u_hat, v_hat, gain), dtype=torch.float32).item()
 
     packed, start = [], 0
     for index, width in enumerate(widths):
@@ -149,14 +153,35 @@ def encode(
     return (LowRank(tuple(packed), gain),)
 
 
-def _refit(site: Site, gain: float, weighted: Tensor, hessian: Tensor) -> Tensor:
-    """argmin over U of ||(delta / gain - U Vq) X||, damped so little that only a singular system notices."""
+def _refit(
+    site: Site, u: Tensor, v_hat: Tensor, gain: float, weighted: Tensor, hessian: Tensor, ridge: float
+) -> Tensor:
+    """argmin over U of ||(delta / gain - U Vq) X||^2 + ridge ||(U - u) diag(hessian)^(1/2)||^2."""
     normal = hessian.clone()
     # A delta of zeros (an expert that stayed as it was), or an input that never was, makes the system nil.
-    normal.diagonal().add_(1e-6 * normal.diagonal().mean().clamp_min(1e-30))
+    normal.diagonal().mul_(1 + ridge).add_(1e-6 * normal.diagonal().mean().clamp_min(1e-30))
     lower = torch.linalg.cholesky(normal)
-    rows = [torch.cholesky_solve(weighted @ block.double().T, lower).T for _, block in site.delta.blocks()]
-    return (torch.cat(rows) / gain).float()
+    rows = []
+    for start, block in site.delta.blocks():
+        plain = u[start : start + len(block)].double()
+        left = block.double() / gain - plain @ v_hat.double()
+        rows.append(plain + torch.cholesky_solve(weighted @ left.T, lower).T)
+    return torch.cat(rows).float()
+
+
+def _strength(site: Site, u_hat: Tensor, v_hat: Tensor, gain: float) -> float:
+    """What to multiply the coded delta by so that, projected on the delta's own action <., delta X>, none is lost.
+
+    Cutting ranks and least squares both shrink a delta towards the base, in all layers alike, and such errors add up
+    where those of rounding average out.
+    """
+    wanted = kept = 0.0
+    for start, block in site.delta.blocks():
+        rows = block.double()
+        acted = rows @ site.gram.matrix.to(rows.device).double() if site.gram else rows
+        wanted += float((acted * rows).sum())
+        kept += float(((acted @ v_hat.double().T) * u_hat[start : start + len(block)].double()).sum()) * gain
+    return wanted / kept if kept > 0.5 * wanted > 0 else 1.0
 
 
 def _grid(part: Tensor, spec: Spec) -> tuple[Tensor, Tensor] | None:
@@ -170,9 +195,7 @@ def _levels(scales: tuple[Tensor, Tensor] | None, spec: Spec, cols: int) -> Grid
 def _stack(levels: list[Grid | None], shapes: list[tuple[int, int]], dim: int, device: torch.device) -> Grid:
     """One grid over all blocks; where a block is floats, top is 0 (see Grid)."""
     one, nil = torch.ones((), device=device), torch.zeros((), device=device)
-    wide = [
-        (part or Grid(one, nil, nil)).expand(torch.Size(shape)) for part, shape in zip(levels, shapes, strict=True)
-    ]
+    wide = [(part or Grid(one, nil, nil)).expand(torch.Size(shape)) for part, shape in zip(levels, shapes, strict=True)]
     return Grid(*(torch.cat([getattr(part, f) for part in wide], dim) for f in ("scale", "zero", "top")))
 
 
