@@ -76,7 +76,7 @@ def opening(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model folder; BadInput where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(str(folder))
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "

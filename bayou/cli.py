@@ -192,21 +192,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     from bayou.attach import load
+    from bayou.calibrate import read_tokenizer
     from bayou.checkpoint import resolve
     from bayou.evaluate import evaluate as run
-    from bayou.evaluate import table
+    from bayou.evaluate import read_model, table
 
     folder = resolve(finetuned)
-    reference = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval().to(device)
-    if file.is_dir():
-        candidate = AutoModelForCausalLM.from_pretrained(str(file), dtype=torch.float32).eval().to(device)
-    else:
-        candidate = load(base, file, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = read_tokenizer(folder)
+    reference = read_model(folder, device)
+    candidate = read_model(file, device) if file.is_dir() else load(base, file, device=device)
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)

@@ -15,7 +15,9 @@ from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from bayou import skeleton
 from bayou.calibrate import encode, json_lines, opening, read_text, text_field
+from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput
 
 _LOGITS = 2**28  # bytes of fp32 logits that one model may make at a time (a single row may need more)
@@ -90,6 +92,14 @@ def evaluate(
     for part in _batches(todo, batch, reference.config.get_text_config().vocab_size):
         sums[part] = _compare(reference, candidate, [todo[i] for i in part], torch.device(device))
     return _summary(kind, dict(zip(_SUMS, sums.T, strict=True)))
+
+
+def read_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """All of a folder's model in fp32, of any architecture that Bayou compresses; never the repository's own code."""
+    checkpoint = Checkpoint(folder)
+    model = skeleton.build(checkpoint.folder)
+    skeleton.fill(model, "", skeleton.places(model, checkpoint.names()), checkpoint.read, device=device)
+    return model
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -25,6 +25,8 @@ KINDS = ("Dense", "LowRank")
 MAX_DIMENSION = 2**27
 MAX_RANK_BLOCK = 128
 MAX_DIMENSIONS = 8
+MAX_UNREFERENCED = 2**31
+"""Elements of a site without a reference: no tensor of the base vouches for its size, only a few bytes of terms."""
 _PART = re.compile(r"(.*)\[(0|[1-9][0-9]{0,8})\]", re.DOTALL)
 
 
@@ -193,11 +195,14 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
     gain = own.get("gain", 1.0)
     if not isinstance(gain, (int, float)) or isinstance(gain, bool) or gain != gain or abs(gain) > 1e30:
         raise ValueError(f"gain {gain!r}")
+    template = templates[_integer(index, 0, len(templates) - 1)]
+    if reference is None and (not template["terms"] or prod(template["shape"]) > MAX_UNREFERENCED):
+        raise ValueError(f"site {name!r} of {template['shape']} with no reference, {len(template['terms'])} terms")
     return SiteRecord(
         tensor=tensor,
         part=part,
         reference=reference,
         reference_part=reference_part,
         gain=float(gain),
-        **templates[_integer(index, 0, len(templates) - 1)],
+        **template,
     )

@@ -158,12 +158,15 @@ def plot(file: str | Path, out: str | Path, site: str | None = None) -> None:
     """Draw the singular spectrum of some sites with their bit bands, as PNG, SVG or PDF by `out`'s ending.
 
     site: a name; None takes one matrix of each kind of shape from the middle of the model. Raises BadInput where
-    no low-rank term is to be drawn or matplotlib is missing.
+    no low-rank term is to be drawn, matplotlib is missing, or cannot write a file of that ending.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise BadInput("--plot needs matplotlib: pip install 'bayou[plot]'") from None
+    endings = Figure().canvas.get_supported_filetypes()
+    if Path(out).suffix[1:].lower() not in endings:
+        raise BadInput(f"--plot {out}: matplotlib draws files that end in .{', .'.join(sorted(endings))}")
     opened = DeltaFile(file)
     names = [site] if site else _examples(opened)
     if site and site not in opened.sites:

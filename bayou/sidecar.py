@@ -12,26 +12,34 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-from bayou.errors import BadFile, WrongBase
+from bayou.errors import BadFile, BadInput, WrongBase
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model")
-"""Only these are carried: data that transformers reads. Never code."""
+"""Only these may be in a file: data that transformers reads. Never code."""
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
-MAX_SIZE = 128 * 2**20
+MAX_SIZE = 64 * 2**20
+_WRITTEN = re.compile(
+    r"(config|generation_config|tokenizer[\w.-]*|special_tokens_map|added_tokens|vocab|tekken|chat_template"
+    r"|[\w.-]*processor_config)\.json|(vocab|merges)\.txt|chat_template\.jinja"
+    r"|(tokenizer[\w.-]*|spiece|sentencepiece[\w.-]*)\.model",
+    re.ASCII,
+)
+"""The names that a writer takes: a folder may also hold logs and training data, which are nobody else's business."""
 _PIECE = re.compile(rb"[^\n,]*[\n,]|[^\n,]+")
 
 
 def is_carried(name: str) -> bool:
-    """Whether a file of this name is data that a model folder holds; weights and their indexes are not."""
+    """Whether a reader takes a file of this name: data that a model folder holds, not weights and their indexes."""
     return NAME.fullmatch(name) is not None and name.endswith(SUFFIXES) and not name.endswith(".index.json")
 
 
 def carried(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the folder's small files, in order of name; weights' indexes are left out."""
+    """Name -> content of the folder's config and tokenizer files, in order of name; no other file is taken."""
     found = {}
     for path in sorted(folder.iterdir()):
-        if is_carried(path.name) and path.is_file() and path.stat().st_size <= MAX_SIZE:
+        named = is_carried(path.name) and _WRITTEN.fullmatch(path.name)
+        if named and path.is_file() and path.stat().st_size <= MAX_SIZE:
             found[path.name] = path.read_bytes()
     return found
 
@@ -47,7 +55,7 @@ def difference(old: bytes | None, new: bytes) -> bytes:
     where: dict[bytes, int] = {}
     for index, piece in enumerate(pieces):
         where.setdefault(piece, index)
-    runs: list[Any] = []  # [first piece, count] or text (latin-1, so that any byte fits)
+    runs: list[Any] = []  # [first piece, count] or list of literal pieces
     following = -1
     for piece in _PIECE.findall(new):
         if 0 <= following < len(pieces) and pieces[following] == piece:
@@ -58,19 +66,23 @@ def difference(old: bytes | None, new: bytes) -> bytes:
             following = where[piece] + 1
         else:
             following = -1
-            if runs and isinstance(runs[-1], str):
-                runs[-1] += piece.decode("latin-1")
-            else:
-                runs.append(piece.decode("latin-1"))
+            if not runs or isinstance(runs[-1][0], int):
+                runs.append([])
+            runs[-1].append(piece)
+    # Literal pieces as one text (latin-1, so that any byte fits).
+    runs = [run if isinstance(run[0], int) else b"".join(run).decode("latin-1") for run in runs]
     stated = {"old": None if old is None else digest(old), "new": digest(new), "size": len(new), "runs": runs}
-    return zlib.compress(json.dumps(stated, separators=(",", ":")).encode(), 9)
+    text = json.dumps(stated, separators=(",", ":"), ensure_ascii=False).encode()
+    if len(text) > 2 * MAX_SIZE:
+        raise BadInput(f"a config or tokenizer file of {len(new):,} bytes is larger than a .bayou file may hold")
+    return zlib.compress(text, 9)
 
 
 def patched(name: str, old: bytes | None, stored: bytes) -> bytes:
     """The new file. Raises WrongBase where `old` is not the file it was made against, BadFile where it is malformed."""
     try:
         inflate = zlib.decompressobj()
-        text = inflate.decompress(stored, 8 * MAX_SIZE)
+        text = inflate.decompress(stored, 2 * MAX_SIZE)
         if inflate.unconsumed_tail or not inflate.eof:
             raise ValueError("too large")
         stated = json.loads(text)

@@ -17,6 +17,7 @@ independent and the gain is 1, as published.
 
 import re
 from collections.abc import Iterator
+from math import inf
 
 import torch
 from torch import Tensor
@@ -85,7 +86,10 @@ def layout(
     refit: bool = True,
     ridge: float = 1.0,
 ) -> tuple[TermLayout, ...]:
-    """One LowRank whose blocks end at the bands' edges."""
+    """One LowRank whose blocks end at the bands' edges. Raises BadInput for a negative (or NaN) damping or ridge."""
+    for name, value in (("damping", damping), ("ridge", ridge)):
+        if not 0 <= value < inf:
+            raise BadInput(f"method deltacome: {name}={value} must be 0 or more, and finite")
     blocks = ((ranks, *_specs(shape, bits, ranks, group)) for _, bits, ranks in _blocks(bands, rank))
     return (TermLayout("LowRank", tuple(blocks)),)
 
