@@ -5,11 +5,13 @@ more concentrated: LOG.md has the sweep). What the whole-rank steps leave over i
 A method without a rank takes what it takes, and the rest of the budget goes to the embeddings.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from bayou import methods
+from bayou.methods import TermLayout
 from bayou.methods.deltacome import parse_bands
 from bayou.plan import SiteRecord
 
@@ -17,16 +19,26 @@ TABLES = ("embedding", "head")
 """Roles whose matrices are tables of tokens."""
 
 
+def _options(site: SiteRecord) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted((key, value) for key, value in site.options.items() if key != "rank"))
+
+
+@functools.lru_cache(65_536)  # a mixture of experts has ten thousand sites of three shapes
+def _layout(
+    method: str, shape: tuple[int, int], options: tuple[tuple[str, Any], ...], rank: int | None
+) -> tuple[TermLayout, ...]:
+    return methods.get(method).layout(shape, **dict(options), **({} if rank is None else {"rank": rank}))
+
+
 def with_rank(site: SiteRecord, rank: int) -> SiteRecord:
     """The same site with its method's rank set, and the layout that follows."""
     options = {key: value for key, value in site.options.items() if key != "rank"}
-    terms = methods.get(site.method).layout(site.shape, rank=rank, **options)
-    return replace(site, options=options | {"rank": rank}, terms=terms)
+    return replace(site, options=options | {"rank": rank}, terms=_layout(site.method, site.shape, _options(site), rank))
 
 
 def fixed(site: SiteRecord) -> SiteRecord:
     """A site of a method without a rank, with its layout."""
-    return replace(site, terms=methods.get(site.method).layout(site.shape, **site.options))
+    return replace(site, terms=_layout(site.method, site.shape, _options(site), None))
 
 
 def paper_rank(shape: tuple[int, int], alpha: float, bands: list[tuple[int, int | None]]) -> int:
@@ -57,23 +69,27 @@ def by_paper(sites: list[SiteRecord], ratio: float) -> list[SiteRecord]:
     return [chosen(site) for site in sites]
 
 
-class _Solver:
-    """Largest rank of a site within some bytes; sites of one shape and method share the search."""
+class _Group:
+    """Sites of one shape, method, options and weight: the same rank is right for all, so it is looked for once."""
 
-    def __init__(self) -> None:
-        self._sizes: dict[tuple[Any, ...], int] = {}
+    def __init__(self, site: SiteRecord, weight: float) -> None:
+        self.site = site
+        self.members: list[int] = []
+        self._share = weight * site.shape[0] * site.shape[1]
+        self._sizes: dict[int, int] = {}
 
-    def size(self, site: SiteRecord, rank: int) -> int:
-        key = (site.shape, site.method, tuple(sorted((k, v) for k, v in site.options.items() if k != "rank")), rank)
-        if key not in self._sizes:
-            self._sizes[key] = with_rank(site, rank).nbytes
-        return self._sizes[key]
+    def size(self, rank: int) -> int:
+        """Bytes of one site at this rank."""
+        if rank not in self._sizes:
+            self._sizes[rank] = with_rank(self.site, rank).nbytes
+        return self._sizes[rank]
 
-    def rank(self, site: SiteRecord, nbytes: float) -> int:
-        low, high = 1, min(site.shape)
+    def rank(self, rate: float) -> int:
+        """The largest rank within `rate` bytes a weight, times the group's own."""
+        low, high = 1, min(self.site.shape)
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.size(site, middle) <= nbytes else (low, middle - 1)
+            low, high = (middle, high) if self.size(middle) <= rate * self._share else (low, middle - 1)
         return low
 
 
@@ -87,7 +103,6 @@ def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> 
 
     embedding_rate: bytes a weight of embeddings and heads, relative to linears'.
     """
-    solver = _Solver()
     chosen = least(sites)
     dialled = [i for i, site in enumerate(sites) if methods.has_rank(site.method)]
     constant = sum(site.nbytes for site in chosen) - sum(chosen[i].nbytes for i in dialled)
@@ -96,21 +111,25 @@ def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> 
         weight = dict.fromkeys(dialled, 1.0)
     if sum(site.nbytes for site in chosen) > budget:
         return chosen
-
-    def ranks(rate: float) -> dict[int, int]:
-        return {i: solver.rank(sites[i], rate * weight[i] * sites[i].shape[0] * sites[i].shape[1]) for i in dialled}
+    groups: dict[tuple[Any, ...], _Group] = {}
+    for i in dialled:
+        key = (sites[i].shape, sites[i].method, _options(sites[i]), weight[i])
+        groups.setdefault(key, _Group(sites[i], weight[i])).members.append(i)
 
     low, high = 0.0, 8.0
     for _ in range(50):
         middle = (low + high) / 2
-        total = constant + sum(solver.size(sites[i], rank) for i, rank in ranks(middle).items())
+        total = constant + sum(len(group.members) * group.size(group.rank(middle)) for group in groups.values())
         low, high = (middle, high) if total <= budget else (low, middle)
-    final = ranks(low)
-    left = budget - constant - sum(solver.size(sites[i], rank) for i, rank in final.items())
+    group_of = {i: group for group in groups.values() for i in group.members}
+    even = {id(group): group.rank(low) for group in groups.values()}
+    final = {i: even[id(group_of[i])] for i in dialled}
+    left = budget - constant - sum(group_of[i].size(rank) for i, rank in final.items())
+    order = sorted(dialled, key=lambda i: (sites[i].role in TABLES, i))
     for step in (16, 8, 4, 2, 1):
-        for i in sorted(dialled, key=lambda i: (sites[i].role in TABLES, i)):
+        for i in order:
             more = min(final[i] + step, *sites[i].shape)
-            cost = solver.size(sites[i], more) - solver.size(sites[i], final[i])
+            cost = group_of[i].size(more) - group_of[i].size(final[i])
             if cost <= left:
                 final[i], left = more, left - cost
     for i, rank in final.items():

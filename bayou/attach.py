@@ -95,6 +95,7 @@ class _Planner:
         self.sites: dict[str, list[SiteRecord]] = defaultdict(list)
         for site in file.sites.values():
             self.sites[site.tensor].append(site)
+        self.unchanged = set(file.unchanged)
         self.places = skeleton.places(model, file.tensors())
         foreign = {s.reference for s in file.sites.values() if s.reference is not None and s.reference != s.tensor}
         self.foreign = skeleton.places(model, foreign) if base is None else {}
@@ -106,7 +107,7 @@ class _Planner:
         """(object, attribute, new value) of all that is to be set."""
         for name, place in self.places.items():
             sites = self.sites[name]
-            if name in self.file.unchanged:
+            if name in self.unchanged:
                 continue
             if place.converted:
                 self._convert(place)

@@ -80,7 +80,7 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
-            "copy the base's tokenizer files there, or compress with --calibration none"
+            "copy the base's tokenizer files there (compress can do without: --calibration none)"
         ) from None
 
 

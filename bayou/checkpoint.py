@@ -321,8 +321,8 @@ def resolve(model: str | Path, revision: str | None = None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+        taken, left = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"], ["consolidated*", "*/*"]
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=taken, ignore_patterns=left))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise BadInput(f"{model} is not a folder here, and the Hub did not give it: {error}") from None
 

@@ -11,7 +11,6 @@ Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and 
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -22,12 +21,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from bayou import allocate, calibrate, clock, distill, inventory, methods, sidecar, skeleton
+from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.delta import Delta, Term
 from bayou.deltafile import Contents, DeltaFile
 from bayou.entry import pack_terms, unpack_terms
-from bayou.errors import BadInput, BayouError, TooSmall
+from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
 from bayou.methods import Gram, Site
 from bayou.plan import SiteRecord
@@ -107,6 +106,10 @@ def compress(
         BayouError for a full disk. Nothing is left at `out` then, or the old file is untouched.
     """
     started = time.perf_counter()
+    preflight.check_size(ratio, budget, accounting)
+    own = getattr(methods.get(method), "DISTILL_STEPS", 0)
+    distil = own if distill_steps is None else distill_steps
+    preflight.check_distillation(distil, calibration)
     with clock.measuring() as steps:
         job = _Job(base, finetuned, Path(out), base_revision, revision, device, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
@@ -121,11 +124,11 @@ def compress(
             job.allocate(ratio, budget, embedding_rate)
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
-        own = getattr(methods.get(method), "DISTILL_STEPS", 0)
-        distil = own if distill_steps is None else distill_steps
         needed = distil * distill.BATCH * distill.LENGTH
         text = job.windows(calibration, needed, distill.LENGTH, seed) if distil else None
-        with Journal(job.out, job.key(windows, activations, text, distil)) as journal:
+        held = Journal(job.out, job.key(windows, activations, text, distil))
+        preflight.check_room(job.out, held.folder, job.contents.nbytes(), 3 if distil else 2)
+        with held as journal:
             job.encode(journal, windows, activations)
             gains = job.distil(journal, text, distil) if text is not None else {}
             with clock.step("write"):
@@ -155,9 +158,12 @@ class _Job:
             raise BadInput(f"{out.parent} is not a folder; make it first")
         if out.is_dir():
             raise BadInput(f"{out} is a folder; give the name of a file, e.g. {out / 'delta.bayou'}")
+        preflight.check_device(device)
+        preflight.check_revision(base_revision)
         self.out, self.device, self.progress = out, device, progress
-        self.base_id, self.revision = ("" if Path(base).is_dir() else str(base)), base_revision or ""
         self.base, self.tuned = Checkpoint(resolve(base, base_revision)), Checkpoint(resolve(finetuned, revision))
+        self.base_id = "" if Path(base).is_dir() else str(base)
+        self.revision = base_revision or (preflight.snapshot_commit(self.base.folder) if self.base_id else "")
         for folder in (self.base.folder, self.tuned.folder):
             if out.exists() and out.suffix != ".bayou" and out.parent.resolve() == folder.resolve():
                 raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
@@ -197,10 +203,6 @@ class _Job:
         return self.contents.sites
 
     def allocate(self, ratio: float | None, budget: int | None, embedding_rate: float) -> None:
-        if ratio is not None and budget is not None:
-            raise BadInput(f"give a ratio ({ratio}) or a budget ({budget:,} bytes), not both")
-        if ratio is not None and not ratio > 0:
-            raise BadInput(f"ratio {ratio}: a number above 0 is needed, e.g. 16")
         limit = budget if budget is not None else int(self.tuned.nbytes / (ratio or 16.0))
         what = f"--budget {budget:,}" if budget is not None else f"--ratio {ratio or 16.0:g}"
 
@@ -253,13 +255,6 @@ class _Job:
     # ------------------------------------------------------------------------------------------ encoding
 
     def encode(self, journal: Journal, windows: Tensor | None, activations: Literal["finetuned", "compressed"]) -> None:
-        free = shutil.disk_usage(self.out.parent).free
-        if free < 2 * self.contents.nbytes():
-            need = 2 * self.contents.nbytes()
-            journal.finish()
-            raise BayouError(
-                f"{self.out.parent} has {free:,} bytes free, {need:,} are needed (file and journal); free some space"
-            )
         todo = set(range(len(self.sites)))
         layers_path, layers = "", nn.ModuleList()
         if windows is not None:
@@ -282,6 +277,8 @@ class _Job:
                 shared: dict[int, Gram] = {}
                 for index in by_layer.get(layer, []):
                     gram = grams.get(self._gram_key(index))
+                    if gram is not None and len(gram) != self.sites[index].shape[1]:
+                        gram = None  # of the other side: Llama 4's experts are (in, out), and nothing says so
                     wrapped = None if gram is None else shared.setdefault(id(gram), Gram(gram))
                     self._encode(journal, index, wrapped)
                     todo.discard(index)
@@ -353,15 +350,18 @@ class _Job:
         draft = journal.folder / "draft.bayou"
         self.write(journal, draft, {})
         with clock.step("distil"):
-            gains = distill.fit(
-                self.base.folder,
-                self.tuned,
-                DeltaFile(draft),
-                text,
-                steps=steps,
-                device=self.device,
-                progress=lambda done, total: self.progress("distil", done, total),
-            )
+            try:
+                gains = distill.fit(
+                    self.base.folder,
+                    self.tuned,
+                    DeltaFile(draft),
+                    text,
+                    steps=steps,
+                    device=self.device,
+                    progress=lambda done, total: self.progress("distil", done, total),
+                )
+            finally:
+                draft.unlink()  # the output needs its room
         index = {site.name: i for i, site in enumerate(self.sites)}
         return {index[name]: values for name, values in gains.items()}
 

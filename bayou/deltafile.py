@@ -46,6 +46,7 @@ from bayou.plan import SiteRecord
 FORMAT, VERSION = "bayou", "1"
 _MAX_ELEMENTS = 2**40
 _FILE = ".file."
+BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
 
 @dataclass(frozen=True)
@@ -195,7 +196,7 @@ class DeltaFile:
             raise BadFile(f"{self.path}: metadata base, unchanged or files are not as specified")
         self.base: dict[str, str] = {key: str(base.get(key, "")) for key in ("id", "revision", "root")}
         for key, value in self.base.items():
-            if not re.fullmatch(r"[\w./-]{0,300}", value, re.ASCII):  # they are printed, and asked of the Hub
+            if not BASE_FIELD.fullmatch(value):
                 raise BadFile(f"{self.path}: the base's {key} is {value!r:.80}")
         self.unchanged: list[str] = [str(name) for name in unchanged]
         self._files: dict[str, str] = {str(name): str(value) for name, value in files.items()}
@@ -225,6 +226,7 @@ class DeltaFile:
             if prod(site.shape) > _MAX_ELEMENTS:
                 raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
         self.exact = [name for name in names[count:] if not name.startswith(".")]
+        self._tails = {name.rpartition("[")[0]: name for name in self.exact if name.endswith(":]")}
         self.files = sorted([*self._files, *(name[len(_FILE) :] for name in names if name.startswith(_FILE))])
         for name in self.files:
             if not sidecar.is_carried(name):
@@ -308,10 +310,7 @@ class DeltaFile:
 
     def tail(self, tensor: str) -> str | None:
         """The exact entry with the rows that `tensor` has beyond its reference, if any."""
-        return self._tails().get(tensor)
-
-    def _tails(self) -> dict[str, str]:
-        return {name.rpartition("[")[0]: name for name in self.exact if name.endswith(":]")}
+        return self._tails.get(tensor)
 
     def tensors(self) -> list[str]:
         """Disk names of all of the fine-tune's tensors, sorted."""

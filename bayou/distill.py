@@ -78,9 +78,12 @@ def fit(
     teacher = skeleton.build(tuned.folder)
     skeleton.fill(teacher, "", skeleton.places(teacher, tuned.names()), tuned.read, device=device)
     student = load(base, file, device=device).requires_grad_(False)
+    places = skeleton.places(teacher, [site.tensor for site in file.sites.values()])
+    # A tied head is the embedding's site, which has one gain for two uses: it keeps it.
+    by_module = {place.path.rpartition(".")[0]: name for name, place in places.items()}
     fitted: dict[str, _Fitted] = {}
     for path, module in list(student.named_modules()):
-        if isinstance(module, AttachedLinear) and _plain(module):
+        if path in by_module and isinstance(module, AttachedLinear) and _plain(module):
             fitted[path] = _Fitted(module)
             student.set_submodule(path, fitted[path])
     if not fitted:
@@ -99,10 +102,7 @@ def fit(
         schedule.step()
         if progress is not None:
             progress(step + 1, steps)
-    places = skeleton.places(teacher, [site.tensor for site in file.sites.values()])
-    by_module = {place.path.rpartition(".")[0]: name for name, place in places.items()}
-    # A tied head is the embedding's site, which has one gain for two uses: it keeps it.
-    return {by_module[path]: module.gains() for path, module in fitted.items() if path in by_module}
+    return {by_module[path]: module.gains() for path, module in fitted.items()}
 
 
 def _plain(module: AttachedLinear) -> bool:

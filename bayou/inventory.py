@@ -98,7 +98,8 @@ def take(
 
     tables: options of embeddings and heads, and "method" where they have one of their own.
     keep: words of KEEP, or regular expressions that a disk name fully matches; such tensors are stored exactly.
-    Raises Unsupported, naming the tensor, for a dtype that cannot be read and for weights that are not finite.
+    Raises Unsupported, naming the tensor, for a dtype that cannot be read, and for weights that are not finite where
+    they have changed and would have to be coded.
     """
     kept = _keeper(keep)
     sites: list[SiteRecord] = []
@@ -123,22 +124,22 @@ def take(
         if reference is not None and rows:
             base.dtype(reference)  # Unsupported, naming it, before any work
             same, finite = _compare(base, reference, tuned, name, rows)
-            if not finite:
-                raise Unsupported(
-                    f"{tuned.folder}: tensor {name!r} (or the base's) holds NaN or infinite values; mend the checkpoint"
-                )
             if same and rows == shape[0] and base.dtype(reference) == dtype and reference == name:
                 unchanged.append(name)
                 continue
         else:
-            same = False
+            same, finite = False, True
         coded = (
             dtype.is_floating_point
             and rows > 0
             and (same or _codable(shape, dtype, role))
             and not (kept(name, role) and not same)
         )
-        if not coded or reference is None:
+        if coded and not finite and not same:
+            raise Unsupported(
+                f"{tuned.folder}: tensor {name!r} (or the base's) holds NaN or infinite values; mend the checkpoint"
+            )
+        if not coded or not finite or reference is None:
             exact.append(_exact(tuned, name))
             continue
         if rows < shape[0]:
@@ -183,15 +184,17 @@ def _compare(base: Checkpoint, reference: str, tuned: Checkpoint, name: str, row
     """(whether rows :rows equal the base's once cast, whether all of the delta is finite)."""
     dtype = tuned.dtype(name)
     row = max(1, prod(tuned.shape(name)[1:]) * max(dtype.itemsize, 4))
-    same = True
+    same = finite = True
     for start in range(0, rows, max(1, _BLOCK // row)):
         stop = min(start + max(1, _BLOCK // row), rows)
         new, old = tuned.read(name, start, stop), base.read(reference, start, stop)
-        if dtype.is_floating_point and not (new.float() - old.float()).isfinite().all():
-            return False, False
+        if dtype.is_floating_point and finite:
+            finite = bool((new.float() - old.float()).isfinite().all())
         # Bits, not values: -0.0 == 0.0, but a tensor that is said to equal the base's comes back bit for bit.
         same = same and torch.equal(*(part.reshape(-1).view(torch.uint8) for part in (new, old.to(dtype))))
-    return same, True
+        if not same and not finite:
+            break
+    return same, finite
 
 
 def _exact(tuned: Checkpoint, name: str, start: int = 0) -> Exact:

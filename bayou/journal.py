@@ -18,7 +18,7 @@ from bayou.errors import BayouError, JournalMismatch, disk_error
 
 
 class Journal:
-    """A context manager. Ctrl-C, a kill or a crash keeps what is done; `finish`, or a BayouError, removes it."""
+    """A context manager. Ctrl-C, a kill or a crash keeps the sites done; `finish`, or a BayouError, removes it."""
 
     def __init__(self, out: Path, key: str) -> None:
         self.folder = out.with_name(out.name + ".journal")
@@ -43,10 +43,12 @@ class Journal:
     def _claim(self) -> None:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise BayouError(
                 f"another compression is writing {self.out}; wait for it, or choose another output"
             ) from None
+        except OSError as error:  # a file system without locks
+            raise disk_error(error, self.out) from error
         key_file = self.folder / "key"
         try:
             for left in self.out.parent.glob(f".{glob.escape(self.out.name)}.*.tmp"):  # by a killed write of the output
@@ -65,8 +67,10 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if isinstance(error, BayouError):
-            self.finish()  # a full disk, or an input that would be refused again: nothing to go on with
+        # A full disk, or an input that would be refused again: nothing to go on with. Nor is there where no site is
+        # done, and then the key would only refuse the corrected command.
+        if isinstance(error, BayouError) or (error is not None and not any(self.folder.glob("*.site"))):
+            self.finish()
         self._lock.close()
 
     def _path(self, index: int) -> Path:

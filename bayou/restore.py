@@ -37,7 +37,7 @@ class Restorer:
     """The fine-tune's tensors, made one at a time from a base that has been checked."""
 
     def __init__(self, base: Checkpoint, file: DeltaFile) -> None:
-        self._base, self._file = base, file
+        self._base, self._file, self._exact = base, file, set(file.exact)
         self._parts: dict[str, list[str]] = {}
         for name, site in file.sites.items():
             self._parts.setdefault(site.tensor, []).append(name)
@@ -51,7 +51,7 @@ class Restorer:
             if site.part is not None:
                 return site.dtype, (len(self._parts[name]), *site.disk_shape)
             return site.dtype, (site.disk_shape[0] + grown, *site.disk_shape[1:])
-        if name in self._file.exact:
+        if name in self._exact:
             return self._file.exact_dtype(name), self._file.exact_shape(name)
         return self._base.word(name), self._base.shape(name)
 
@@ -62,7 +62,7 @@ class Restorer:
                 yield self._site(entry, dtype)
             if tail := self._file.tail(name):
                 yield self._file.read_exact(tail).to(dtype)
-        elif name in self._file.exact:
+        elif name in self._exact:
             yield self._file.read_exact(name).to(dtype)
         else:
             yield self._base.read(name).to(dtype)
@@ -116,10 +116,11 @@ def restore(
         raise BadInput(f"{folder} exists and holds a model (or is a file); choose another folder")
     files = {name: opened.read_file(name, checkpoint.folder) for name in opened.files}
     restorer = Restorer(checkpoint, opened)
+    for name in opened.unchanged:
+        if name not in checkpoint:
+            raise BadFile(f"{file}: tensor {name!r} is said to equal the base's, which has none")
     outputs = []
     for name in opened.tensors():
-        if name not in opened.exact and name not in checkpoint and name in opened.unchanged:
-            raise BadFile(f"{file}: tensor {name!r} is said to equal the base's, which has none")
         word, shape = restorer.spec(name)
         target = words[dtype] if dtype and DTYPES[word].is_floating_point else word
         outputs.append(Output(name, target, shape, partial(restorer.pieces, name, DTYPES[target])))
@@ -158,10 +159,13 @@ def _appearing(folder: Path) -> Iterator[Path]:
 
 def _write_shards(folder: Path, outputs: list[Output], limit: int) -> None:
     shards: list[list[Output]] = [[]]
+    filled = 0
     for output in outputs:
-        if shards[-1] and sum(o.nbytes for o in shards[-1]) + output.nbytes > limit:
+        if shards[-1] and filled + output.nbytes > limit:
             shards.append([])
+            filled = 0
         shards[-1].append(output)
+        filled += output.nbytes
     for shard in shards:  # larger elements first, so that every tensor lies on a multiple of its element
         shard.sort(key=lambda o: (-DTYPES[o.dtype].itemsize, o.name))
     names = ["model.safetensors"]

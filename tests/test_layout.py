@@ -31,7 +31,7 @@ ORDER = (
         "allocate",
     ),
     *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
-    *("attached", "attach", "distill", "compress", "evaluate", "report", "cli"),
+    *("attached", "attach", "distill", "preflight", "compress", "evaluate", "report", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 

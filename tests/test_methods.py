@@ -6,6 +6,7 @@ the further options in VARIANTS. Delta-CoMe has a file of its own, test_deltacom
 
 import json
 import re
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -201,7 +202,8 @@ def test_an_option_of_the_wrong_type_is_refused_with_its_value(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [("lowrank", "bits", 9), ("lowrank", "bits", 0), ("lowrank", "bits", True), ("lowrank", "bits", 4.0)]
-    + [("deltacome", "group", 0), ("deltacome", "group", -1), ("deltacome", "bands", "2,3"), ("deltacome", "refit", 1)],
+    + [("deltacome", "group", 0), ("deltacome", "group", -1), ("deltacome", "bands", "2,3"), ("deltacome", "refit", 1)]
+    + [("deltacome", option, value) for option in ("damping", "ridge") for value in (-1, -0.01, inf, nan)],
 )
 def test_a_value_that_the_method_cannot_use_is_refused_before_any_work(name: str, option: str, value: Any) -> None:
     with pytest.raises(BadInput, match=re.escape(str(value))):

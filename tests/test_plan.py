@@ -252,6 +252,18 @@ def test_the_message_says_what_is_wrong_and_names_the_value() -> None:
         plan.loads(plan.dumps(SITES[:2]), ["w"])
 
 
+def test_a_site_without_a_reference_has_terms_and_is_bounded() -> None:
+    terms = (TermLayout("LowRank", ((1, "f16", "f16"),)),)
+    for shape in ((2**16, 2**15), (2**16 + 1, 2**15)):
+        for reference, stated in ((None, terms), ("w", terms), (None, ()), ("w", ())):
+            text = plan.dumps([site("w", shape=shape, disk_shape=shape, reference=reference, terms=stated)])
+            if reference is None and (shape[0] > 2**16 or not stated):
+                with pytest.raises(BadFile, match=f"no reference, {len(stated)} terms"):
+                    plan.loads(text, ["w"])
+            else:
+                assert plan.loads(text, ["w"])[0].terms == stated
+
+
 def test_the_part_in_an_entry_s_name_is_bounded() -> None:
     with pytest.raises(BadFile, match="999999999 is not an integer from 0 to"):
         plan.loads(plan.dumps([site("w")]), ["w[999999999]"])

@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -11,7 +12,7 @@ import pico
 import pytest
 
 from bayou import sidecar
-from bayou.errors import BadFile, WrongBase
+from bayou.errors import BadFile, BadInput, WrongBase
 
 OLD = b'{"a": 1,\n"b": 2,\n"c": [1,2,3,4]}\n'
 
@@ -50,6 +51,32 @@ def test_a_tokenizer_with_added_tokens_costs_little(tmp_path: Path) -> None:
     difference = sidecar.difference(old, new)
     assert sidecar.patched("tokenizer.json", old, difference) == new
     assert len(difference) < len(zlib.compress(new, 9)) / 2
+
+
+def test_a_large_file_of_unseen_text_takes_no_time() -> None:
+    new = b"".join(b"%d," % (7919 * i % 1_000_003) for i in range(450_000))
+    assert len(new) > 3_000_000
+    start = time.process_time()
+    difference = sidecar.difference(OLD, new)
+    assert time.process_time() - start < 3
+    assert sidecar.patched("tokenizer.json", OLD, difference) == new
+
+
+def test_a_writer_makes_no_difference_that_a_reader_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sidecar, "MAX_SIZE", 1000)
+    text = "\u00e9".encode() * 450  # two bytes each of the JSON, were six each as \\u00c3
+    assert sidecar.patched("tokenizer.json", None, sidecar.difference(None, text)) == text
+    with pytest.raises(BadInput, match="a config or tokenizer file of 900 bytes is larger"):
+        sidecar.difference(None, bytes(900))
+
+
+def test_the_limits_are_those_that_the_readme_states() -> None:
+    assert sidecar.MAX_SIZE == 64 * 2**20
+    bomb = zlib.compress(b" " * (2 * sidecar.MAX_SIZE + 1), 1)
+    with pytest.raises(BadFile, match="too large"):
+        sidecar.patched("tokenizer.json", None, bomb)
+    with pytest.raises(BadFile, match="size 67108865"):
+        sidecar.patched("tokenizer.json", OLD, stored(size=64 * 2**20 + 1))
 
 
 def test_a_changed_base_file_is_refused() -> None:
@@ -122,11 +149,18 @@ def test_runs_that_copy_more_than_stated_are_refused_before_they_fill_memory() -
 
 def test_only_data_that_transformers_reads_is_carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sidecar, "MAX_SIZE", 1000)
-    wanted = ["chat_template.jinja", "config.json", "merges.txt", "tokenizer.model"]
+    wanted = ["added_tokens.json", "chat_template.jinja", "chat_template.json", "config.json", "generation_config.json"]
+    wanted += ["merges.txt", "preprocessor_config.json", "processor_config.json", "sentencepiece.bpe.model"]
+    wanted += ["special_tokens_map.json", "spiece.model", "tekken.json", "tokenizer.json", "tokenizer.model"]
+    wanted += ["tokenizer.v3.model", "tokenizer_config.json", "video_preprocessor_config.json", "vocab.txt"]
     others = ["modeling_x.py", ".hidden.json", "model.safetensors", "model.safetensors.index.json", "a b.json", "x.bin"]
-    for name in wanted + others:
+    # Of these a reader takes the name, but they are training data, logs and another tool's files.
+    private = ["adapter_config.json", "all_results.json", "log.txt", "requirements.txt", "train.json", "my_config.json"]
+    private += ["trainer_state.json", "training_config.json", "optimizer.model", "other.jinja"]
+    for name in wanted + others + private:
         (tmp_path / name).write_bytes(name.encode())
-    (tmp_path / "folder.json").mkdir()
-    (tmp_path / "large.json").write_bytes(bytes(1001))
+    (tmp_path / "tokenizer.folder.json").mkdir()
+    (tmp_path / "vocab.json").write_bytes(bytes(1001))
+    assert all(map(sidecar.is_carried, wanted + private))
     assert list(sidecar.carried(tmp_path)) == wanted
     assert sidecar.carried(tmp_path)["config.json"] == b"config.json"

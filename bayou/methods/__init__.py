@@ -17,6 +17,7 @@ A method is a module of this package with
 listed, budgeted, saved, verified, loaded and tested (tests/test_methods.py) with no other edit.
 """
 
+import functools
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ def layout_of(term: Term) -> TermLayout:
     return TermLayout("LowRank", tuple((v.shape[0], str(u.spec), str(v.spec)) for u, v in term.blocks), *scaled)
 
 
+@functools.lru_cache(4096)
 def nbytes(layouts: tuple[TermLayout, ...], shape: tuple[int, int]) -> int:
     """Bytes that terms of these layouts take in the file."""
     return sum(layout.nbytes(shape) for layout in layouts)
@@ -134,11 +136,13 @@ def normalised(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
     return u / peaks[0], v / peaks[1], prod(peaks)
 
 
+@functools.cache
 def names() -> list[str]:
     """Every method, by the name of its file."""
     return sorted(module.name for module in iter_modules(__path__))
 
 
+@functools.cache
 def get(name: str) -> ModuleType:
     """The method's module. Raises BadInput, with the list, for an unknown name."""
     if name not in names():
@@ -152,6 +156,7 @@ def options(name: str) -> dict[str, Any]:
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rank"}
 
 
+@functools.cache
 def has_rank(name: str) -> bool:
     """Whether a byte budget can turn this method's rank."""
     return "rank" in inspect.signature(get(name).encode).parameters
