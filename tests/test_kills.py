@@ -146,18 +146,22 @@ def test_ctrl_c_says_so_and_keeps_the_journal_and_two_at_once_are_refused(
     deep: tuple[Path, Path], tmp_path: Path
 ) -> None:
     out, journal = tmp_path / "a.bayou", tmp_path / "a.bayou.journal"
-    process = command(*deep, out, *CALIBRATED)
-    while sites_in(journal) < 3:
-        assert process.poll() is None
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGSTOP)
-    try:
-        with pytest.raises(BayouError, match=r"another compression is writing .*a\.bayou; wait for it"):
-            bayou.compress(*deep, out, ratio=4, tokens=2048, length=64)
-    finally:
-        os.kill(process.pid, signal.SIGCONT)
-    process.send_signal(signal.SIGINT)
-    code, errors = ended(process)
+    for _ in range(5):
+        process = command(*deep, out, *CALIBRATED)
+        while sites_in(journal) < 3:
+            assert process.poll() is None
+            time.sleep(0.001)
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            with pytest.raises(BayouError, match=r"another compression is writing .*a\.bayou; wait for it"):
+                bayou.compress(*deep, out, ratio=4, tokens=2048, length=64)
+            process.send_signal(signal.SIGINT)  # pending, and delivered as the process goes on
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        code, errors = ended(process)
+        if code != 0:
+            break
+        out.unlink()  # on a busy machine it was stopped when all but done: once more
     assert code == 130 and "what is encoded so far is kept" in errors and "Traceback" not in errors
     assert not out.exists() and sites_in(journal) >= 3
     assert compressed(*deep, out) == compressed(*deep, tmp_path / "whole.bayou")
