@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import pico  # noqa: E402
 import torch  # noqa: E402
 from filelock import FileLock  # noqa: E402
 
@@ -75,3 +76,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "testbed" in getattr(item, "fixturenames", ()):
             item.add_marker("testbed")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model."""
+    return pico.pico("llama_gqa", tmp_path_factory.mktemp("base") / "base")
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path) -> Path:
+    """A fine-tune of `base`."""
+    return pico.perturb(base, base.with_name("tuned"))

@@ -22,16 +22,6 @@ NONE: dict[str, Any] = {"calibration": "none"}
 FEW: dict[str, Any] = {"tokens": 1024, "length": 64}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico.pico("llama_gqa", tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def tuned(base: Path) -> Path:
-    return pico.perturb(base, base.with_name("tuned"))
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
 

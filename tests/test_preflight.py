@@ -28,16 +28,6 @@ NONE: dict[str, Any] = {"calibration": "none"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico.pico("llama_gqa", tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def tuned(base: Path) -> Path:
-    return pico.perturb(base, base.with_name("tuned"))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -16,16 +16,6 @@ NONE: dict[str, Any] = {"calibration": "none"}
 FEW: dict[str, Any] = {"tokens": 1024, "length": 64}
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pico.pico("llama_gqa", tmp_path_factory.mktemp("base") / "base")
-
-
-@pytest.fixture(scope="module")
-def tuned(base: Path) -> Path:
-    return pico.perturb(base, base.with_name("tuned"))
-
-
 class Stop:
     """A progress that ends the run like Ctrl-C after some matrices."""
 
