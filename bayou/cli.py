@@ -57,7 +57,7 @@ def compress(
     bands: Annotated[str | None, typer.Option(help="deltacome: BITSxRANKS,...; the last band takes the rest.")] = None,
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
     refit: Annotated[
-        bool | None, typer.Option("--refit/--no-refit", help="deltacome: refit U to the rounded V.")
+        str | None, typer.Option(help="deltacome: rows, full or none (as published); rows unless given.")
     ] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any other option of the method, NAME=VALUE.")] = None,
     accounting: Annotated[str, typer.Option(help="file (every byte) or paper (Delta-CoMe's nominal bits).")] = "file",

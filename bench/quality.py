@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import transformers
+from activation_error import activation_error
 from safetensors.torch import load_file, save_file
 
 import bayou
@@ -64,30 +65,34 @@ def runs(which: str) -> list[Run]:
     if which == "tune-refit":
         for ridge in (0.0, 0.01, 0.1, 0.5):
             found += both(f"refit, ridge {ridge}", options={"ridge": ridge}, **LINEARS_ONLY)
-        found += both("no refit", options={"refit": False}, **LINEARS_ONLY)
+        found += both("no refit", options={"refit": "none"}, **LINEARS_ONLY)
         found += both("refit, ridge 0.1, compressed activations", activations="compressed", **LINEARS_ONLY)
-        found += both("no refit, compressed", options={"refit": False}, activations="compressed", **LINEARS_ONLY)
+        found += both("no refit, compressed", options={"refit": "none"}, activations="compressed", **LINEARS_ONLY)
     if which == "sixteen":
         found += both("lowrank", method="lowrank", ratio=16)
         found += both("bitdelta", method="bitdelta", ratio=16)
         found += both("bitdelta undistilled", method="bitdelta", ratio=16, distill_steps=0)
+        # As published: distilled on general text (C4 there), not on the task's own.
+        found += both("bitdelta, wikitext", method="bitdelta", ratio=16, text="wikitext")
         found += both("deltacome", ratio=16)
-        found += both("deltacome as published", ratio=16, options={"refit": False})
+        found += both("deltacome, distilled", ratio=16, distill_steps=200)
+        found += both("deltacome as published", ratio=16, options={"refit": "none"})
         found += both("lora", lora=269_060_552 // 16)
     if which == "linears":
-        plain = {"refit": False}
-        for name, options in (("published", plain), ("refit", {})):
+        published = {"refit": "none"}
+        for name, options in (("published", published), ("rows refit", {}), ("full refit", {"refit": "full"})):
             for text in ("task", "wikitext", "python"):
-                found += both(f"{name}, finetuned activations, {text}", options=options, text=text, **LINEARS_ONLY)
+                if text == "task" or name != "full refit":
+                    found += both(f"{name}, finetuned activations, {text}", options=options, text=text, **LINEARS_ONLY)
             compressed = LINEARS_ONLY | {"activations": "compressed"}
             found += both(f"{name}, compressed activations, task", options=options, **compressed)
         permutation = 30 * (3 * 576 + 1536) * 2
         dynamic = LINEARS_ONLY | {"budget": LINEARS_ONLY["budget"] - permutation, "dynamic": True}
-        found += both("published, dynamic groups, finetuned activations, task", options=plain, **dynamic)
-        found += both("refit, dynamic groups, finetuned activations, task", options={}, **dynamic)
+        found += both("published, dynamic groups, finetuned activations, task", options=published, **dynamic)
+        found += both("rows refit, dynamic groups, finetuned activations, task", options={}, **dynamic)
     if which == "ladder":
-        for bands in ("16", "8", "4", "3", "2", "16x2,3", "8x2,3", "8x2,2", "4x2,3", "3x34,2", "8x2,3x32,2"):
-            found += both(f"bands {bands}", ratio=16, options={"bands": bands, "refit": False})
+        for bands in ("16", "8", "4", "3", "2", "8x2,4", "8x2,3", "8x2,2", "3x34,2", "8x2,3x32,2"):
+            found += both(f"bands {bands}", ratio=16, options={"bands": bands, "refit": "none"})
     if which == "ratios":
         for ratio in (18, 20, 22, 26, 32):
             found += both(f"deltacome 1/{ratio}", ratio=ratio)
@@ -204,7 +209,7 @@ def perform(run: Run, testbed_path: str, models: str, device: str, tuning: bool)
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = Path(scratch), Path(scratch) / "out"
         started = time.perf_counter()
-        if "lora" in options:
+        if "lora" in options:  # linears alone, as LoRA has it
             result["rank"] = extracted_lora(base, tuned, out, options["lora"], device)
             result["bytes"] = options["lora"]
         else:
@@ -234,6 +239,12 @@ def perform(run: Run, testbed_path: str, models: str, device: str, tuning: bool)
         result["seconds"] = time.perf_counter() - started
         torch.cuda.empty_cache()
         torch.set_default_device(device)
+        if not tuning:
+            texts = [
+                testbed.prompt(run["task"], q) + a + "<|im_end|>" for q, a in training_rows(testbed, run["task"], True)
+            ]
+            texts = ["".join(texts[i : i + 10]) for i in range(0, 100, 10)]
+            result["activations"] = activation_error(base, tuned, out, texts, device)
         if tuning:
             held = training_rows(testbed, run["task"], True)
             testbed.rows = lambda task, split: held

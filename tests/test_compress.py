@@ -67,7 +67,7 @@ def test_a_budget_is_a_number_of_bytes(base: Path, tuned: Path, tmp_path: Path) 
 
 def test_more_bytes_are_less_error(base: Path, tuned: Path, tmp_path: Path) -> None:
     errors = [bayou.compress(base, tuned, tmp_path / "a", ratio=r, **NONE).errors["linear"] for r in (5, 4, 3, 2)]
-    assert errors == sorted(errors, reverse=True) and errors[-1] < errors[0] / 2
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.6 * errors[0]
 
 
 @pytest.mark.parametrize("method", ["deltacome", "lowrank", "bitdelta"])
@@ -142,7 +142,7 @@ def test_what_ought_to_count_changes_the_bytes(base: Path, tuned: Path, tmp_path
         {"tokens": 2048},
         {"activations": "compressed"},
         {"ratio": 5},
-        {"options": {"refit": False}},
+        {"options": {"refit": "none"}},
     ):
         bayou.compress(base, tuned, tmp_path / "a", **({"ratio": 4} | FEW | options))
         found.add(sha((tmp_path / "a").read_bytes()))

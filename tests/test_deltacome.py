@@ -62,9 +62,9 @@ def test_blocks_end_at_the_bands_edges() -> None:
         assert sum(part[0] for part in layout.parts) == rank
 
 
-@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("refit", ["rows", "full", "none"])
 @calibrated
-def test_full_rank_in_floats_gives_the_delta_back(refit: bool, calibrated: bool) -> None:
+def test_full_rank_in_floats_gives_the_delta_back(refit: str, calibrated: bool) -> None:
     for which in ("33x100", "100x33", "rank 2 of 33"):
         delta = DELTAS[which]()
         gram = gram_of(delta.shape[1]) if calibrated else None
@@ -74,17 +74,17 @@ def test_full_rank_in_floats_gives_the_delta_back(refit: bool, calibrated: bool)
 
 @pytest.mark.parametrize("bands", ["8x2,3x4,2", "2", "4", "8x2,3x32,2"])
 @pytest.mark.parametrize("seed", range(3))
-def test_the_refit_loses_less_of_what_the_inputs_give(bands: str, seed: int) -> None:
+def test_the_full_refit_loses_less_of_what_the_inputs_give(bands: str, seed: int) -> None:
     delta, gram = power_law(96, 128, generator(seed + 20)), gram_of(128, seed=seed)
     errors = [
         lost(delta, encode("deltacome", delta, {"bands": bands, "refit": r}, gram, rank=48), gram)
-        for r in (True, False)
+        for r in ("full", "none")
     ]
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("refit", [True, False])
-def test_knowing_the_inputs_loses_less_of_what_they_give(refit: bool) -> None:
+@pytest.mark.parametrize("refit", ["rows", "full", "none"])
+def test_knowing_the_inputs_loses_less_of_what_they_give(refit: str) -> None:
     delta, gram = power_law(96, 128, generator(30)), gram_of(128)
     options = {"bands": "8x2,3x8,2", "refit": refit}
     errors = [lost(delta, encode("deltacome", delta, options, given, rank=48), gram) for given in (gram, None)]
@@ -104,7 +104,7 @@ def same(a: Packed, b: Packed) -> bool:
 def test_without_the_refit_each_band_is_what_it_would_be_with_others_of_other_bits() -> None:
     delta, gram = power_law(300, 256, generator(40)), gram_of(256)
     encoded = [
-        blocks(encode("deltacome", delta, {"bands": bands, "refit": False}, gram, rank=40))
+        blocks(encode("deltacome", delta, {"bands": bands, "refit": "none"}, gram, rank=40))
         for bands in ("8x2,3x8,2", "4x2,3x8,2", "8x2,5x8,2", "8x2,3x8,4")
     ]
     for changed, other in enumerate(encoded[1:]):
@@ -115,46 +115,52 @@ def test_without_the_refit_each_band_is_what_it_would_be_with_others_of_other_bi
 
 def test_with_the_refit_a_later_band_knows_of_the_earlier_ones() -> None:
     delta, gram = power_law(300, 256, generator(40)), gram_of(256)
-    a, b = (blocks(encode("deltacome", delta, {"bands": bands}, gram, rank=40)) for bands in ("3x2,3x8,2", "1x2,3x8,2"))
+    a, b = (
+        blocks(encode("deltacome", delta, {"bands": bands, "refit": "full"}, gram, rank=40))
+        for bands in ("3x2,3x8,2", "1x2,3x8,2")
+    )
     assert same(a[2][1], b[2][1]) and not same(a[2][0], b[2][0])
 
 
 def test_the_refit_changes_u_alone_where_the_ridge_is_nil() -> None:
     delta, gram = power_law(100, 128, generator(41)), gram_of(128)
-    ways: tuple[dict[str, Any], ...] = ({"ridge": 0.0}, {"refit": False})
+    ways: tuple[dict[str, Any], ...] = ({"ridge": 0.0, "refit": "full"}, {"refit": "none"})
     a, b = (blocks(encode("deltacome", delta, {"bands": "8x2,2"} | way, gram, rank=20)) for way in ways)
     assert all(same(x[1], y[1]) and not same(x[0], y[0]) for x, y in zip(a, b, strict=True))
 
 
 def test_the_ridge_serves_other_inputs_than_the_few_that_calibrated() -> None:
     delta, few, other = power_law(100, 128, generator(43)), gram_of(128, tokens=20), gram_of(128, tokens=2000, seed=77)
-    fitted = [encode("deltacome", delta, {"ridge": ridge}, few, rank=40) for ridge in (1.0, 0.0)]
+    fitted = [encode("deltacome", delta, {"refit": "full", "ridge": ridge}, few, rank=40) for ridge in (1.0, 0.0)]
     on_other = [lost(delta, terms, other) for terms in fitted]
     assert on_other[0] < on_other[1]
 
 
 def test_a_great_ridge_gives_the_plain_u() -> None:
     delta, gram = DELTAS["33x100"](), gram_of(100)
-    plain = encode("deltacome", delta, {"refit": False, "bands": "2"}, gram, rank=20)
-    pulled = encode("deltacome", delta, {"ridge": 1e9, "bands": "2"}, gram, rank=20)
+    plain = encode("deltacome", delta, {"refit": "none", "bands": "2"}, gram, rank=20)
+    pulled = encode("deltacome", delta, {"refit": "full", "ridge": 1e9, "bands": "2"}, gram, rank=20)
     for (u, v), (other_u, other_v) in zip(plain[0].blocks, pulled[0].blocks, strict=True):
-        assert torch.equal(u.unpack(), other_u.unpack()) and torch.equal(v.unpack(), other_v.unpack())
+        # But for the scales of U's rows, which the refit makes up for lost strength.
+        assert torch.equal(u.parts[0], other_u.parts[0]) and torch.equal(v.unpack(), other_v.unpack())
 
 
 def test_the_ridge_belongs_to_the_refit() -> None:
     delta, gram = DELTAS["33x100"](), gram_of(100)
-    options = {"refit": False}
+    options = {"refit": "none"}
     a, b = (pack_terms(encode("deltacome", delta, options | {"ridge": ridge}, gram)) for ridge in (0.0, 0.5))
     assert a == b
 
 
-def test_the_refit_gives_the_delta_its_full_strength() -> None:
+def test_the_refit_gives_each_row_of_the_delta_its_full_strength() -> None:
     delta, gram = power_law(60, 100, generator(5)), gram_of(100)
-    for refit, full in ((True, True), (False, False)):
+    acted = delta.double() @ gram.matrix.double()
+    for refit in ("rows", "full", "none"):
         coded = Delta(tuple(delta.shape), encode("deltacome", delta, {"refit": refit}, gram, rank=20)).materialize()
-        acted = delta.double() @ gram.matrix.double()
-        strength = float((coded * acted).sum() / (delta.double() * acted).sum())
-        assert (abs(strength - 1) < 1e-5) == full and strength < 1 + 1e-5
+        strength = (coded * acted).sum(1) / (delta.double() * acted).sum(1)
+        # Within the rounding of the scales to fp16 with it, short without.
+        assert (float((strength - 1).abs().max()) < 2e-3) == (refit != "none")
+        assert float(strength.mean()) < 1 + 1e-3 and (refit != "none") == (float(strength.mean()) > 1 - 1e-3)
 
 
 def test_more_bits_and_more_ranks_lose_less() -> None:

@@ -25,7 +25,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "lowrank": [{"bits": 8}, {"bits": 4}, {"bits": 3}, {"bits": 1}],
     "deltacome": [
         {"bands": "8x2,3x4,2"},
-        {"bands": "8x2,3x4,2", "refit": False},
+        {"bands": "8x2,3x4,2", "refit": "none"},
         {"bands": "16"},
         {"bands": "4", "group": 32},
         {"bands": "16x3,1", "act_order": False},
@@ -202,7 +202,12 @@ def test_an_option_of_the_wrong_type_is_refused_with_its_value(name: str) -> Non
 @pytest.mark.parametrize(
     ("name", "option", "value"),
     [("lowrank", "bits", 9), ("lowrank", "bits", 0), ("lowrank", "bits", True), ("lowrank", "bits", 4.0)]
-    + [("deltacome", "group", 0), ("deltacome", "group", -1), ("deltacome", "bands", "2,3"), ("deltacome", "refit", 1)]
+    + [
+        ("deltacome", "group", 0),
+        ("deltacome", "group", -1),
+        ("deltacome", "bands", "2,3"),
+        ("deltacome", "refit", "some"),
+    ]
     + [("deltacome", option, value) for option in ("damping", "ridge") for value in (-1, -0.01, inf, nan)],
 )
 def test_a_value_that_the_method_cannot_use_is_refused_before_any_work(name: str, option: str, value: Any) -> None:

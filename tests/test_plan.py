@@ -30,7 +30,7 @@ def site(tensor: str, part: int | None = None, **changes: Any) -> SiteRecord:
         gain=1.0,
         role="linear",
         method="deltacome",
-        options={"rank": 162, "bands": "8x2,3x32,2", "damping": 0.01, "refit": True},
+        options={"rank": 162, "bands": "8x2,3x32,2", "damping": 0.01, "refit": "rows"},
         terms=(BANDS,),
     )
     return replace(record, **changes)

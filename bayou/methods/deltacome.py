@@ -8,11 +8,15 @@ https://arxiv.org/abs/2406.08903 (NeurIPS 2024). delta = U diag(s) V^T is cut in
 with groups of 128, asymmetric ranges, act-order and damping .01. The published bands, "8x2,3x32,2", are 2 ranks in
 8 bits, 32 in 3, the rest in 2. A band is stored in blocks of at most 128 ranks, and a block is a group of U's columns.
 
-`refit` (not in the paper; the idea is PrinMix's, arXiv 2506.11087): before U is rounded, it is replaced by the least
-squares fit of the delta to the rounded V, min ||(delta - U Vq) X||^2 + ridge ||(U - s U) diag(H)^(1/2)||^2 with
-H = Vq X X^T Vq^T, and all bands are rounded together, so that a later band also mends the earlier ones' errors.
-Then the term's gain makes up for what the delta lost in strength. It costs no bytes. Without refit the bands are
-independent and the gain is 1, as published.
+`refit` (not in the paper) costs no bytes:
+
+    rows    each row of U is scaled (its scales are) so that the coded row q of the delta has the strength of the true
+            one, d: <q, d X X^T> = <d, d X X^T>. The default: it makes up for the ranks that are cut
+    full    before that, U is replaced by the least squares fit of the delta to the rounded V (PrinMix's idea, arXiv
+            2506.11087), min ||(delta - U Vq) X||^2 + ridge ||(U - s U) diag(H)^(1/2)||^2 with H = Vq X X^T Vq^T, and
+            all bands are rounded together, so that a later band also mends the earlier ones' errors
+    none    as published
+
 """
 
 import re
@@ -83,13 +87,15 @@ def layout(
     group: int = 128,
     damping: float = 0.01,
     act_order: bool = True,
-    refit: bool = True,
+    refit: str = "rows",
     ridge: float = 1.0,
 ) -> tuple[TermLayout, ...]:
     """One LowRank whose blocks end at the bands' edges. Raises BadInput for a negative (or NaN) damping or ridge."""
     for name, value in (("damping", damping), ("ridge", ridge)):
         if not 0 <= value < inf:
             raise BadInput(f"method deltacome: {name}={value} must be 0 or more, and finite")
+    if refit not in ("rows", "full", "none"):
+        raise BadInput(f"method deltacome: refit={refit!r} must be rows, full or none")
     blocks = ((ranks, *_specs(shape, bits, ranks, group)) for _, bits, ranks in _blocks(bands, rank))
     return (TermLayout("LowRank", tuple(blocks)),)
 
@@ -102,15 +108,15 @@ def encode(
     group: int = 128,
     damping: float = 0.01,
     act_order: bool = True,
-    refit: bool = True,
+    refit: str = "rows",
     ridge: float = 1.0,
 ) -> tuple[Term, ...]:
     """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
 
     bands: see `parse_bands`. group: columns of V (and ranks of U) that share a scale. damping, act_order: GPTQ's.
-    refit: least-squares U (see above), pulled towards the plain U by `ridge` (LOG.md: without that pull the fit serves
-    the calibration's text and shrinks the delta elsewhere), and the gain that gives the delta its full strength
-    again. Without a gram, rounding is to nearest and the fit is of the weights.
+    refit: rows, full or none (see above; LOG.md has what each is worth). ridge: of "full": without that pull towards
+    the plain U the fit serves the calibration's text and shrinks the delta elsewhere. Without a gram, rounding is to
+    nearest and strength is that of the weights.
     """
     u, s, v = svd(site.delta, rank)
     blocks = list(_blocks(bands, len(s)))
@@ -130,7 +136,7 @@ def encode(
         moments = site.gram.matrix.to(v.device).double()
         weighted = weighted @ moments
     hessian = weighted @ v_hat.double().T
-    if refit:
+    if refit == "full":
         u = _refit(site, u, v_hat, gain, weighted, hessian, ridge)
     else:
         band = torch.tensor([b for b, _, ranks in blocks for _ in range(ranks)], device=u.device)
@@ -140,9 +146,10 @@ def encode(
     u_levels = [_levels(scale, spec, w) for scale, spec, w in zip(u_scales, u_specs, widths, strict=True)]
     levels = _stack(u_levels, [(u.shape[0], w) for w in widths], 1, u.device)
     u_codes, u_hat = gptq(u, factorize(hessian, damping=damping, act_order=act_order), levels)
-    if refit:
-        # Rounded as the file will hold it.
-        gain = torch.tensor(gain * _strength(site, u_hat, v_hat, gain), dtype=torch.float32).item()
+    if refit != "none":
+        strength = _strength(site, u_hat * gain, v_hat)
+        u_hat = u_hat * strength
+        u_scales = [scales and (scales[0] * strength, scales[1]) for scales in u_scales]
 
     packed, start = [], 0
     for index, width in enumerate(widths):
@@ -173,19 +180,21 @@ def _refit(
     return torch.cat(rows).float()
 
 
-def _strength(site: Site, u_hat: Tensor, v_hat: Tensor, gain: float) -> float:
-    """What to multiply the coded delta by so that, projected on the delta's own action <., delta X>, none is lost.
+def _strength(site: Site, u_hat: Tensor, v_hat: Tensor) -> Tensor:
+    """(out, 1): factors of the coded rows q that make <q, d X X^T> equal <d, d X X^T>, d being the delta's row.
 
-    Cutting ranks and least squares both shrink a delta towards the base, in all layers alike, and such errors add up
-    where those of rounding average out.
+    Cutting ranks and least squares both shrink a delta towards the base, in all rows and layers alike, and such errors
+    add up where those of rounding average out. A row that lost more than half is left alone: it is mostly noise.
     """
-    wanted = kept = 0.0
+    found = []
     for start, block in site.delta.blocks():
         rows = block.double()
         acted = rows @ site.gram.matrix.to(rows.device).double() if site.gram else rows
-        wanted += float((acted * rows).sum())
-        kept += float(((acted @ v_hat.double().T) * u_hat[start : start + len(block)].double()).sum()) * gain
-    return wanted / kept if kept > 0.5 * wanted > 0 else 1.0
+        wanted = (acted * rows).sum(1, keepdim=True)
+        coded = u_hat[start : start + len(block)].double()
+        kept = ((acted @ v_hat.double().T) * coded).sum(1, keepdim=True)
+        found.append(torch.where((kept > 0.5 * wanted) & (wanted > 0), wanted / kept, 1.0))
+    return torch.cat(found).float()
 
 
 def _grid(part: Tensor, spec: Spec) -> tuple[Tensor, Tensor] | None:
