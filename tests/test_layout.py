@@ -29,8 +29,10 @@ ORDER = (
         "methods",
         "plan",
         "allocate",
+        "sharing",
     ),
     *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
+    *("lora", "student", "objective", "train", "tune", "baselines"),
     *("attached", "attach", "distill", "preflight", "compress", "evaluate", "report", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them

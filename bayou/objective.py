@@ -1,0 +1,118 @@
+"""What a student is trained on: (1 - a) CE(labels) + a KL(teacher || student) on the final logits.
+
+The logits of a batch over the whole vocabulary would be by far the largest tensor of a step, so they are made a few
+thousand positions at a time, in two stages: the loss's gradient with respect to the final hidden states (and the
+head), chunk by chunk, and then one backward pass through the model from there.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bayou.errors import BadInput, Unsupported
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Means over the predicted positions, in nats, as scalars on the device (holding them needs no sync)."""
+
+    total: Tensor
+    ce: Tensor
+    kl: Tensor
+
+
+def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
+    """ids (windows, length) -> what the head is given, (windows, length, d)."""
+    decoder = getattr(model, "get_decoder", None)
+    if decoder is None:
+        raise BadInput(f"{type(model).__name__} has no get_decoder(); give a causal language model of transformers")
+    output: Tensor = decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    return output
+
+
+def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The function from final hidden states to logits, soft-capped where the model does that.
+
+    Raises Unsupported for a model that scales its logits in a way unknown here.
+    """
+    linear = model.get_output_embeddings()  # type: ignore[operator]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    for name in ("logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            raise Unsupported(f"{type(model).__name__} multiplies its logits by {name}, which training does not know")
+    cap = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        found: Tensor = linear(hidden)
+        return found if cap is None else torch.tanh(found / cap) * cap
+
+    return logits
+
+
+def loss(
+    student: nn.Module,
+    ids: Tensor,
+    *,
+    alpha: float,
+    teacher_hidden: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
+    chunk: int = 4096,
+    weight: float | None = None,
+) -> Loss:
+    """The loss of `student` on windows of token ids; with `weight`, also its gradients.
+
+    Args:
+        ids: (windows, length); position t predicts token t + 1, the last predicts nothing.
+        alpha: share of the KL. Above 0 it needs the teacher's final hidden states, (windows, length, d), and head.
+        chunk: positions whose logits are in memory at once, in fp32.
+        weight: None computes no gradient; else weight * total is back-propagated (1 / forwards of a step).
+    """
+    if alpha > 0 and (teacher_hidden is None or teacher_head is None):
+        raise BadInput(f"alpha {alpha} needs a teacher; give one, or alpha 0")
+    learns = weight is not None
+    with torch.set_grad_enabled(learns):
+        hidden = hidden_states(student, ids)[:, :-1].flatten(0, 1)
+    targets = ids[:, 1:].flatten()
+    pieces = [part.requires_grad_(learns and hidden.requires_grad) for part in hidden.detach().split(chunk)]
+    wanted = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1).split(chunk)
+    logits, count = head(student), len(targets)
+    ce, kl = (torch.zeros((), device=ids.device) for _ in range(2))
+    for i, part in enumerate(pieces):
+        with torch.set_grad_enabled(learns):
+            log_p = functional.log_softmax(logits(part).float(), dim=-1)
+            nll = functional.nll_loss(log_p, targets[i * chunk : (i + 1) * chunk], reduction="sum") / count
+            apart = torch.zeros_like(nll)
+            if wanted is not None and teacher_head is not None and alpha > 0:
+                with torch.no_grad():
+                    log_q = functional.log_softmax(teacher_head(wanted[i]).float(), dim=-1)
+                apart = functional.kl_div(log_p, log_q, reduction="sum", log_target=True) / count
+            total = (1 - alpha) * nll + alpha * apart
+            if weight is not None and total.requires_grad:  # not where every delta module is switched off
+                (total * weight).backward()
+        ce += nll.detach()
+        kl += apart.detach()
+    if learns and hidden.requires_grad:
+        gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in pieces]
+        hidden.backward(torch.cat(gradients))
+    return Loss((1 - alpha) * ce + alpha * kl, ce, kl)
+
+
+@torch.no_grad()
+def measure(
+    student: nn.Module, windows: Tensor, teacher: nn.Module | None = None, *, batch: int = 16, chunk: int = 4096
+) -> tuple[float, float]:
+    """Mean CE to the text, and mean KL(teacher || student) (0 without a teacher), nats a token, over windows."""
+    device = next(student.parameters()).device
+    ce = kl = 0.0
+    for part in windows.split(batch):
+        ids = part.to(device)
+        given = None if teacher is None else hidden_states(teacher, ids)
+        taught = None if teacher is None else head(teacher)
+        alpha = 0.0 if teacher is None else 0.5
+        found = loss(student, ids, alpha=alpha, teacher_hidden=given, teacher_head=taught, chunk=chunk)
+        ce += float(found.ce) * len(part) / len(windows)
+        kl += float(found.kl) * len(part) / len(windows)
+    return ce, kl
