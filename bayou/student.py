@@ -105,14 +105,21 @@ class TiedLinear(nn.Module):
 class Dropped(nn.Module):
     """A sub-layer that adds nothing: zeros, in the form that the decoder layer expects of it."""
 
-    def __init__(self, attention: bool) -> None:
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention = "attention" in type(original).__name__.lower()
+        self.layer_idx = getattr(original, "layer_idx", None)
 
-    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        """(..., d) -> zeros (..., d); with no attention weights beside them for an attention."""
+    def forward(self, hidden_states: Tensor, *_: Any, past_key_values: Any = None, **__: Any) -> Any:
+        """(batch, tokens, d) -> zeros of that shape; with no attention weights beside them for an attention."""
         zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.attention else zeros
+        if not self.attention:
+            return zeros
+        if past_key_values is not None and self.layer_idx is not None:
+            # The first layer's keys are where transformers looks how long a cache is: keys of no width, 0 bytes.
+            keys = hidden_states.new_zeros(hidden_states.shape[0], 1, hidden_states.shape[1], 0)
+            past_key_values.update(keys, keys, self.layer_idx)
+        return zeros, None
 
 
 class Switch(nn.Module):
@@ -258,7 +265,7 @@ def apply(
             original = model.get_submodule(path)
         except AttributeError:
             raise BadInput(f"the model has no sub-layer {name!r}") from None
-        groups[path] = Dropped("attention" in type(original).__name__.lower())
+        groups[path] = Dropped(original)
     tied = []
     for tie in shared.ties:
         group = _group(paths[tie.tensor], layers)

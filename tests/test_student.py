@@ -204,6 +204,18 @@ def test_twins_share_every_tensor(folders: dict[str, Path]) -> None:
     assert torch.equal(logits(model), logits(other))
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_a_cache_counts_its_tokens_though_the_first_attention_is_dropped(folders: dict[str, Path], name: str) -> None:
+    model = model_of(folders[name])
+    apply(model, Shared((), ("model.layers.0.self_attn", "model.layers.3.self_attn", "model.layers.1.mlp"))).finish()
+    ids = IDS[:1, :6]
+    made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    for _ in range(made.shape[1] - 6):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert made.shape[1] > 8 and torch.equal(made, ids)
+
+
 def test_an_anchor_in_a_group_that_is_tied_in_part(folders: dict[str, Path]) -> None:
     model = model_of(folders["llama_gqa"])
     a, b = (
