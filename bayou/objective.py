@@ -5,12 +5,12 @@ thousand positions at a time, in two stages: the loss's gradient with respect to
 head), chunk by chunk, and then one backward pass through the model from there.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from bayou.errors import BadInput, Unsupported
 
@@ -61,6 +61,7 @@ def loss(
     teacher_head: Callable[[Tensor], Tensor] | None = None,
     chunk: int = 4096,
     weight: float | None = None,
+    compiled: bool = False,
 ) -> Loss:
     """The loss of `student` on windows of token ids; with `weight`, also its gradients.
 
@@ -69,35 +70,56 @@ def loss(
         alpha: share of the KL. Above 0 it needs the teacher's final hidden states, (windows, length, d), and head.
         chunk: positions whose logits are in memory at once, in fp32.
         weight: None computes no gradient; else weight * total is back-propagated (1 / forwards of a step).
+        compiled: fuse the work on the logits with torch.compile.
     """
     if alpha > 0 and (teacher_hidden is None or teacher_head is None):
         raise BadInput(f"alpha {alpha} needs a teacher; give one, or alpha 0")
     learns = weight is not None
     with torch.set_grad_enabled(learns):
         hidden = hidden_states(student, ids)[:, :-1].flatten(0, 1)
-    targets = ids[:, 1:].flatten()
+    targets = ids[:, 1:].flatten().split(chunk)
     pieces = [part.requires_grad_(learns and hidden.requires_grad) for part in hidden.detach().split(chunk)]
-    wanted = None if teacher_hidden is None else teacher_hidden[:, :-1].flatten(0, 1).split(chunk)
-    logits, count = head(student), len(targets)
+    wanted = None if teacher_hidden is None or alpha == 0 else teacher_hidden[:, :-1].flatten(0, 1).split(chunk)
+    logits, scale = head(student), 1 / len(hidden)
+    rows = _compiled_rows() if compiled else _rows
     ce, kl = (torch.zeros((), device=ids.device) for _ in range(2))
     for i, part in enumerate(pieces):
         with torch.set_grad_enabled(learns):
-            log_p = functional.log_softmax(logits(part).float(), dim=-1)
-            nll = functional.nll_loss(log_p, targets[i * chunk : (i + 1) * chunk], reduction="sum") / count
-            apart = torch.zeros_like(nll)
-            if wanted is not None and teacher_head is not None and alpha > 0:
-                with torch.no_grad():
-                    log_q = functional.log_softmax(teacher_head(wanted[i]).float(), dim=-1)
-                apart = functional.kl_div(log_p, log_q, reduction="sum", log_target=True) / count
-            total = (1 - alpha) * nll + alpha * apart
-            if weight is not None and total.requires_grad:  # not where every delta module is switched off
-                (total * weight).backward()
-        ce += nll.detach()
-        kl += apart.detach()
+            found = logits(part)
+        with torch.no_grad():
+            taught = None if wanted is None or teacher_head is None else teacher_head(wanted[i])
+            nll, apart, gradient = rows(found.detach(), taught, targets[i], alpha)
+            ce += nll * scale
+            kl += apart * scale
+        if weight is not None and found.requires_grad:  # not where every delta module is switched off
+            found.backward(gradient.mul_(weight * scale).to(found.dtype))
     if learns and hidden.requires_grad:
         gradients = [torch.zeros_like(part) if part.grad is None else part.grad for part in pieces]
         hidden.backward(torch.cat(gradients))
     return Loss((1 - alpha) * ce + alpha * kl, ce, kl)
+
+
+def _rows(logits: Tensor, taught: Tensor | None, targets: Tensor, alpha: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of CE and KL over rows of logits (n, vocabulary), and the total's gradient with respect to them, in fp32.
+
+    Both gradients are known in closed form: p - onehot(target), and p - q for a teacher's probabilities q.
+    """
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    nll = -log_p.gather(1, targets[:, None]).sum()
+    gradient = log_p.exp()
+    apart = torch.zeros_like(nll)
+    if taught is not None:
+        log_q = torch.log_softmax(taught.float(), dim=-1)
+        q = log_q.exp()
+        apart = (q * (log_q - log_p)).sum()
+        gradient = gradient - alpha * q
+    gradient = gradient.scatter_add(1, targets[:, None], gradient.new_full((len(targets), 1), alpha - 1))
+    return nll, apart, gradient
+
+
+@functools.cache
+def _compiled_rows() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(_rows)
 
 
 @torch.no_grad()

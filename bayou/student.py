@@ -128,7 +128,12 @@ class Switch(nn.Module):
     def __init__(self, original: nn.Module, delta: nn.Module) -> None:
         super().__init__()
         self.original, self.delta = original, delta
-        self.amount = 1.0
+        self.set(1.0)
+
+    def set(self, amount: float) -> None:
+        """The delta module's share, 0..1."""
+        self.amount = amount
+        self.mode = "delta" if amount >= 1 else "original" if amount <= 0 else "mix"  # what torch.compile can guard on
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -138,10 +143,10 @@ class Switch(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's that it stands for."""
-        if self.amount >= 1:
+        if self.mode == "delta":
             return self.delta(*args, **kwargs)
         first = self.original(*args, **kwargs)
-        if self.amount <= 0:
+        if self.mode == "original":
             return first
         second = self.delta(*args, **kwargs)
         if isinstance(first, tuple):  # an attention's second value is its weights, which nobody asked for
@@ -177,7 +182,7 @@ class Student:
         last = max(1, len(self.switches) - 1)
         for i, (switch, draw) in enumerate(zip(self.switches.values(), draws, strict=True)):
             chance = self.schedule.probability(progress, i / last)
-            switch.amount = chance if self.schedule.blend else float(draw < chance)
+            switch.set(chance if self.schedule.blend else float(draw < chance))
         return sum(switch.amount for switch in self.switches.values()) / len(self.switches)
 
     @contextmanager
@@ -187,13 +192,13 @@ class Student:
         adapters = [module for _, module in lora.inside(self.model)]
         try:
             for switch in self.switches.values():
-                switch.amount = 0.0
+                switch.set(0.0)
             for adapter in adapters:
                 adapter.active = False
             yield self.model
         finally:
             for path, amount in amounts.items():
-                self.switches[path].amount = amount
+                self.switches[path].set(amount)
             for adapter in adapters:
                 adapter.active = True
 

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from bayou import objective
+from bayou import objective, skeleton
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch
 
@@ -43,7 +43,7 @@ class Recipe:
     alpha: share of KL in the loss. batch: windows a step, all processes together. micro: windows a forward (None: the
     batch). warmup: share of the steps in which the rate rises from 0; it then falls as a cosine to `floor` times the
     peak. clip: largest norm of a student's gradient. chunk: positions whose logits are held at once. every: steps
-    between checkpoints. seed: of the windows' order.
+    between checkpoints. seed: of the windows' order. compile: let torch.compile fuse the layers and the loss.
     """
 
     alpha: float = 0.5
@@ -57,6 +57,7 @@ class Recipe:
     chunk: int = 4096
     every: int = 100
     seed: int = 0
+    compile: bool = False
 
     def factor(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) of `steps`, relative to its peak."""
@@ -204,6 +205,10 @@ class _Run:
             torch.optim.AdamW(pupil.parameters, lr=pupil.rate, betas=recipe.betas, weight_decay=recipe.decay)
             for pupil in pupils
         ]
+        if recipe.compile:
+            for model in [pupil.model for pupil in pupils] + ([] if teacher is None else [teacher]):
+                for layer in skeleton.decoder_layers(model)[1]:
+                    layer.compile()
         self.key = self._key()
         self.step = 0
         self._order: tuple[int, Tensor] = (-1, windows[:0, 0])
@@ -259,6 +264,7 @@ class _Run:
                         teacher_head=taught,
                         chunk=self.recipe.chunk,
                         weight=1 / forwards,
+                        compiled=self.recipe.compile,
                     )
                 sums += torch.stack([found.total, found.ce, found.kl]) / forwards
             gradients = [parameter.grad for parameter in pupil.parameters if parameter.grad is not None]
@@ -325,7 +331,7 @@ class _Run:
         """What a checkpoint must belong to: recipe, data, students."""
         shapes = [[p.name, p.rate, [list(q.shape) for q in p.parameters]] for p in self.pupils]
         # Where checkpoints lie in time and how a batch is cut up do not belong to a run.
-        recipe = asdict(replace(self.recipe, every=1, micro=self.micro * self.world.count, chunk=1))
+        recipe = asdict(replace(self.recipe, every=1, micro=self.micro * self.world.count, chunk=1, compile=False))
         data = hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
         return hashlib.sha256(json.dumps([recipe, shapes, data, self.steps]).encode()).hexdigest()
 

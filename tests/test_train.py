@@ -1,5 +1,6 @@
 """The training loop: objective, schedule, resuming, losses that are not numbers, several students, processes."""
 
+import functools
 import math
 import os
 import subprocess
@@ -276,6 +277,18 @@ def test_a_third_nan_is_the_end_of_that_student_only(teacher: PreTrainedModel) -
     _Poison(broken, set(range(1, 100)))
     with pytest.raises(Diverged, match="step 1, again after 2 returns"):
         fit([pupil_of(broken)], teacher, WINDOWS, RECIPE, tokens=6 * 64)
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_result(teacher: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(teacher)
+    objective._compiled_rows.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # traced, not built
+    compiled, fitted = run(teacher, replace(RECIPE, compile=True))
+    objective._compiled_rows.cache_clear()
+    assert len(fitted.outcomes[0].curve) == 20
+    for a, b in zip(whole.factors(), compiled.factors(), strict=True):
+        assert torch.allclose(a.u, b.u, atol=1e-4) and torch.allclose(a.v, b.v, atol=1e-4)
 
 
 def test_what_cannot_be_trained_is_refused(teacher: PreTrainedModel) -> None:
