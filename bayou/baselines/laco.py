@@ -62,7 +62,7 @@ def share(
     dtype: torch.dtype = torch.float32,
     batch: int = 8,
     code: bool = False,
-    merge: int = 4,
+    merge: int | None = None,
     interval: int = 2,
     low: int = 1,
     high: int | None = None,
@@ -74,6 +74,8 @@ def share(
         reduce: share of all parameters to remove; the nearest whole number of layers.
         windows: (n, length) token ids; the first `texts` of them, at most 128 tokens each, are the few texts.
         code: as the published code merges. merge, interval, low, high: C, I, L and H (None: the number of layers).
+            merge None tries 2, 3 and 4 and takes the result that is most like the original, to be fair: the paper
+            chooses C by hand.
 
     Raises BadInput where the range has too few layers to merge, or no threshold reaches the reduction.
     """
@@ -81,22 +83,28 @@ def share(
     before = count(model)
     _, layers = skeleton.decoder_layers(model)
     top = len(layers) if high is None else high
-    if merge < 2 or not 0 <= low < top <= len(layers) or interval < 1:
+    sizes = (2, 3, 4) if merge is None else (merge,)
+    if min(sizes) < 2 or not 0 <= low < top <= len(layers) or interval < 1:
         raise BadInput(f"laco cannot merge runs of {merge} layers in {low}..{top} of {len(layers)} layers")
     wanted = nearest([count(layer) for layer in layers[1:]], before, reduce)
     search = _Search(model, list(layers), windows[:texts, :128], batch, code)
-    for threshold in THRESHOLDS:
-        runs = _merge_all(search.similarity, len(layers), wanted, threshold, merge, interval, low, top)
-        if len(layers) - len(runs) == wanted:
-            break
-    else:
+    reached = []
+    for size in sizes:
+        for threshold in THRESHOLDS:
+            runs = _merge_all(search.similarity, len(layers), wanted, threshold, size, interval, low, top)
+            if len(layers) - len(runs) == wanted:
+                reached.append((search.similarity(runs), -size, threshold, runs))
+                break
+    if not reached:
         raise BadInput(f"laco cannot merge {wanted} of {len(layers)} layers in {low}..{top}; widen the range")
+    similarity, size, threshold, runs = max(reached, key=lambda found: found[:2])
     search.put(model, runs)
     name = "laco-code" if code else "laco"
     described = {
         "merged_layers": [[run.first, run.last] for run in runs if run.last > run.first],
+        "merge": -size,
         "threshold": threshold,
-        "similarity": round(search.similarity(runs), 6),
+        "similarity": round(similarity, 6),
     }
     return Baseline(name, model, before, before - count(model), described)
 
