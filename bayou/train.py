@@ -106,7 +106,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Fitted:
-    """The end of a run: finished False where it was stopped by its time limit and can be gone on with."""
+    """The end of a run: finished False where it was stopped by its time limit and can be gone on with.
+
+    seconds: of training, in all processes that went on with it.
+    """
 
     outcomes: tuple[Outcome, ...]
     finished: bool
@@ -210,7 +213,7 @@ class _Run:
                 for layer in skeleton.decoder_layers(model)[1]:
                     layer.compile()
         self.key = self._key()
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self._order: tuple[int, Tensor] = (-1, windows[:0, 0])
 
     def run(self, stop_after: float | None, progress: Callable[[Progress], None] | None) -> Fitted:
@@ -218,13 +221,14 @@ class _Run:
         if self.path is not None and self.path.exists():
             self._restore(*_read(self.path))
         last = self._state()
-        stopped = False
+        earlier, stopped = self.seconds, False
         while self.step < self.steps and not stopped:
-            if not self._do_step():
+            stepped = self._do_step()
+            seconds = time.monotonic() - started
+            if not stepped:
                 self._restore(last[0], last[1] | {"outcomes": self._returned(last[1])})
                 continue
-            self.step += 1
-            seconds = time.monotonic() - started
+            self.step, self.seconds = self.step + 1, earlier + seconds
             stopped = self._agreed(stop_after is not None and seconds > stop_after) and self.step < self.steps
             if stopped or self.step % self.recipe.every == 0 or self.step == self.steps:
                 last = self._state()
@@ -232,8 +236,7 @@ class _Run:
             if progress is not None:
                 progress(Progress(self.step, self.steps, self._tokens(), seconds, tuple(self.outcomes)))
         self.world.wait()
-        seconds = time.monotonic() - started
-        return Fitted(tuple(self.outcomes), not stopped, self.step, self._tokens(), seconds)
+        return Fitted(tuple(self.outcomes), not stopped, self.step, self._tokens(), self.seconds)
 
     def _tokens(self) -> int:
         return self.step * self.recipe.batch * self.windows.shape[1]
@@ -251,7 +254,7 @@ class _Run:
         for pupil, optimiser, outcome in zip(self.pupils, self.optimisers, self.outcomes, strict=True):
             if outcome.failed:
                 continue
-            sums, replaced = torch.zeros(3, device=self.device), 0.0
+            sums, replaced = torch.zeros(3, device=self.device), float(pupil.advance is None)
             for i, ids in enumerate(batches):
                 if pupil.advance is not None:
                     replaced += pupil.advance(self.step / self.steps, self.step * forwards + i) / forwards
@@ -305,7 +308,8 @@ class _Run:
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.device.type == "cuda":
-            return torch.autocast("cuda", torch.bfloat16)
+            # No cache: a head in fp32 is used chunk by chunk, each with a backward pass of its own.
+            return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
         return contextlib.nullcontext()
 
     def _batch(self) -> Tensor:
@@ -347,7 +351,8 @@ class _Run:
             tensors[f"{name}.value"] = parameter.detach().cpu().clone()
             for kind, value in optimiser.state.get(parameter, {}).items():
                 tensors[f"{name}.{kind}"] = value.detach().cpu().clone()
-        return tensors, {"key": self.key, "step": self.step, "outcomes": [asdict(o) for o in self.outcomes]}
+        outcomes = [asdict(outcome) for outcome in self.outcomes]
+        return tensors, {"key": self.key, "step": self.step, "seconds": self.seconds, "outcomes": outcomes}
 
     @torch.no_grad()
     def _restore(self, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -361,7 +366,7 @@ class _Run:
             if f"{name}.exp_avg" in tensors:
                 moments = {k: tensors[f"{name}.{k}"].to(parameter.device, copy=True) for k in ("exp_avg", "exp_avg_sq")}
                 optimiser.state[parameter] = {"step": tensors[f"{name}.step"].clone(), **moments}
-        self.step = state["step"]
+        self.step, self.seconds = state["step"], state["seconds"]
         stated = [{**o, "curve": [tuple(point) for point in o["curve"]]} for o in state["outcomes"]]
         self.outcomes = [Outcome(**o) for o in stated]
 
