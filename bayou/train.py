@@ -146,7 +146,8 @@ def fit(
         checkpoint: file to go on from, if it exists, and to write every so many steps and at the end.
         stop_after: seconds after which to write the checkpoint and return, unfinished.
 
-    Several processes (started by `accelerate launch` or torchrun) share out each batch; the first one writes.
+    Several processes (started by `accelerate launch` or torchrun) share out each batch; each has the models on its own
+    GPU, cuda:LOCAL_RANK, and the first one writes.
 
     Raises:
         BadInput: sizes that do not fit. JournalMismatch: the checkpoint is of another run. Diverged: every pupil

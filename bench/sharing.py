@@ -131,14 +131,16 @@ class Bench:
         found = [r for r in lines(self.results(f"tune{size}")) if r["config"]["rival"] == rival and not r["failed"]]
         if found:
             return float(min(found, key=lambda r: r["held_out"]["loss"])["config"]["rate"])
-        rate = sharing_runs.rates(sharing_runs.RIVALS[rival]["method"])[1]
-        self.say(f"{rival} at {size} % was not tuned: rate {rate:g}")
+        rate = sharing_runs.rates(sharing_runs.RIVALS.get(rival, {}).get("method", "deltallm"))[1]
+        self.say(f"{rival} was not tuned (set tune{size}): rate {rate:g}")
         return rate
 
     def perform(self, which: str) -> None:
         """Train and score what is left of a set."""
         a = self.arguments
-        wanted = sharing_runs.runs(which, tokens=a.train_tokens, tune_tokens=a.tune_tokens, best=self.best)
+        plans = dict(plan.split("=", 1) for plan in a.plan)
+        sizes = {"tokens": a.train_tokens, "tune_tokens": a.tune_tokens}
+        wanted = sharing_runs.runs(which, **sizes, best=self.best, plans=plans)
         wanted = [sharing_runs.scaled(run, a.scale) for run in wanted if a.only in run["name"]]
         groups = [[run] for run in wanted if not run["tokens"]]
         trained = [run for run in wanted if run["tokens"]]
@@ -326,6 +328,7 @@ def main() -> None:
     add = second.add_argument
     add("--tokens", type=Path, required=True, help="what tokenise wrote")
     add("--set", nargs="+", required=True)
+    add("--plan", nargs="*", default=[], help="NAME=FILE of a Shared, for the sets tuneplans and plans")
     add("--only", default="", help="runs whose name contains this")
     add("--work", type=Path, required=True, help="checkpoints and trained factors")
     add("--device", default="cpu")

@@ -8,7 +8,7 @@ reduce, the share of parameters to remove; tokens and rate (peak learning rate) 
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,30 @@ def rates(method: str) -> tuple[float, ...]:
     return RATES.get(method, RATES["other"])
 
 
-def runs(which: str, *, tokens: int, tune_tokens: int, best: Callable[[str, str], float]) -> list[Run]:
-    """The runs of a set. best(rival, size) is the learning rate that tuning chose for the rival at "12" or "24"."""
+def runs(
+    which: str,
+    *,
+    tokens: int,
+    tune_tokens: int,
+    best: Callable[[str, str], float],
+    plans: Mapping[str, str] | None = None,
+) -> list[Run]:
+    """The runs of a set. best(rival, size) is the learning rate that tuning chose for the rival at "12" or "24".
+
+    plans: name -> file of save_shared, for the sets tuneplans and plans.
+    """
+    if which in ("tuneplans", "plans"):
+        planned = [
+            {"name": name, "rival": name, "method": "plan", "file": file, "pmr": "bernoulli", "tokens": tokens}
+            for name, file in (plans or {}).items()
+        ]
+        if which == "plans":
+            return [{**run, "rate": best(run["name"], "plans")} for run in planned]
+        return [
+            {**run, "name": f"{run['name']} rate {rate:g}", "tokens": tune_tokens, "rate": rate}
+            for rate in rates("deltallm")
+            for run in planned
+        ]
     if which in ("tune12", "tune24"):
         common = {"reduce": SIZES[which[4:]], "tokens": tune_tokens}
         return [

@@ -131,10 +131,15 @@ def test_deltas_are_trained_scored_and_kept(
     (kept,) = (tmp_path / "work").glob("main12-deltallm.shared")
     shared = runs.load_shared(kept)
     assert shared.ties and all(tie.u.abs().sum() > 0 and tie.reference for tie in shared.ties)
-    again = {"name": "again", "method": "plan", "file": str(kept), "tokens": 0, "rate": 0.0}
+    words += ["--plan", f"again={kept}"]
+    assert call(bench, monkeypatch, "run", *words, "--set", "tuneplans", "plans") == 0
+    assert len(bench.lines(tmp_path / "sharing-tuneplans.jsonl")) == 3
+    (found,) = bench.lines(tmp_path / "sharing-plans.jsonl")
+    assert found["tokens"] == 512 and found["config"]["rival"] == "again"
+    again = {"name": "kept", "method": "plan", "file": str(kept), "tokens": 0, "rate": 0.0}
     monkeypatch.setattr(runs, "runs", lambda which, **_: [again])
-    assert call(bench, monkeypatch, "run", *words, "--set", "plan") == 0
-    (found,) = bench.lines(tmp_path / "sharing-plan.jsonl")
+    assert call(bench, monkeypatch, "run", *words, "--set", "kept") == 0
+    (found,) = bench.lines(tmp_path / "sharing-kept.jsonl")
     trained = bench.lines(tmp_path / "sharing-main12.jsonl")[0]
     assert found["scores"] == pytest.approx(trained["scores"], rel=1e-5)
     assert found["parameters"] == trained["parameters"]
