@@ -52,13 +52,36 @@ def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return logits
 
 
+class Taught:
+    """The teacher's logits on a batch, made a chunk of positions at a time.
+
+    teacher, ids (windows, length): one forward. keep: hold the logits once made (positions x vocabulary numbers), for
+    several students to learn from.
+    """
+
+    def __init__(self, teacher: nn.Module, ids: Tensor, *, chunk: int, keep: bool = False) -> None:
+        with torch.no_grad():
+            self._parts = hidden_states(teacher, ids)[:, :-1].flatten(0, 1).split(chunk)
+        self._head, self._keep = head(teacher), keep
+        self._kept: dict[int, Tensor] = {}
+
+    def logits(self, i: int) -> Tensor:
+        """Of chunk i: (positions, vocabulary)."""
+        if i in self._kept:
+            return self._kept[i]
+        with torch.no_grad():
+            made = self._head(self._parts[i])
+        if self._keep:
+            self._kept[i] = made
+        return made
+
+
 def loss(
     student: nn.Module,
     ids: Tensor,
     *,
     alpha: float,
-    teacher_hidden: Tensor | None = None,
-    teacher_head: Callable[[Tensor], Tensor] | None = None,
+    taught: Taught | None = None,
     chunk: int = 4096,
     weight: float | None = None,
     compiled: bool = False,
@@ -67,19 +90,18 @@ def loss(
 
     Args:
         ids: (windows, length); position t predicts token t + 1, the last predicts nothing.
-        alpha: share of the KL. Above 0 it needs the teacher's final hidden states, (windows, length, d), and head.
+        alpha: share of the KL; above 0 it needs `taught`, the teacher on the same ids in chunks of the same size.
         chunk: positions whose logits are in memory at once, in fp32.
         weight: None computes no gradient; else weight * total is back-propagated (1 / forwards of a step).
         compiled: fuse the work on the logits with torch.compile.
     """
-    if alpha > 0 and (teacher_hidden is None or teacher_head is None):
+    if alpha > 0 and taught is None:
         raise BadInput(f"alpha {alpha} needs a teacher; give one, or alpha 0")
     learns = weight is not None
     with torch.set_grad_enabled(learns):
         hidden = hidden_states(student, ids)[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten().split(chunk)
     pieces = [part.requires_grad_(learns and hidden.requires_grad) for part in hidden.detach().split(chunk)]
-    wanted = None if teacher_hidden is None or alpha == 0 else teacher_hidden[:, :-1].flatten(0, 1).split(chunk)
     logits, scale = head(student), 1 / len(hidden)
     rows = _compiled_rows() if compiled else _rows
     ce, kl = (torch.zeros((), device=ids.device) for _ in range(2))
@@ -87,8 +109,8 @@ def loss(
         with torch.set_grad_enabled(learns):
             found = logits(part)
         with torch.no_grad():
-            taught = None if wanted is None or teacher_head is None else teacher_head(wanted[i])
-            nll, apart, gradient = rows(found.detach(), taught, targets[i], alpha)
+            wanted = None if taught is None or alpha == 0 else taught.logits(i)
+            nll, apart, gradient = rows(found.detach(), wanted, targets[i], alpha)
             ce += nll * scale
             kl += apart * scale
         if weight is not None and found.requires_grad:  # not where every delta module is switched off
@@ -131,10 +153,8 @@ def measure(
     ce = kl = 0.0
     for part in windows.split(batch):
         ids = part.to(device)
-        given = None if teacher is None else hidden_states(teacher, ids)
-        taught = None if teacher is None else head(teacher)
-        alpha = 0.0 if teacher is None else 0.5
-        found = loss(student, ids, alpha=alpha, teacher_hidden=given, teacher_head=taught, chunk=chunk)
+        taught = None if teacher is None else Taught(teacher, ids, chunk=chunk)
+        found = loss(student, ids, alpha=0.0 if teacher is None else 0.5, taught=taught, chunk=chunk)
         ce += float(found.ce) * len(part) / len(windows)
         kl += float(found.kl) * len(part) / len(windows)
     return ce, kl

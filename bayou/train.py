@@ -246,11 +246,12 @@ class _Run:
         """One step of every pupil that has not failed; False where one must go back to the last checkpoint."""
         forwards = self.recipe.batch // (self.micro * self.world.count)
         batches = [ids.to(self.device) for ids in self._batch().split(self.micro)]
-        taught = None if self.teacher is None else objective.head(self.teacher)
-        hidden: list[Tensor | None] = [None] * forwards
+        taught: list[objective.Taught | None] = [None] * forwards
         if self.teacher is not None and self.recipe.alpha > 0:
-            with torch.no_grad(), self._autocast():
-                hidden = [objective.hidden_states(self.teacher, ids) for ids in batches]
+            # A GPU has room for the logits of a batch, and several students then share the head's work too.
+            keep = len(self.pupils) > 1 and self.device.type == "cuda"
+            with self._autocast():
+                taught = [objective.Taught(self.teacher, ids, chunk=self.recipe.chunk, keep=keep) for ids in batches]
         factor = self.recipe.factor(self.step, self.steps)
         for pupil, optimiser, outcome in zip(self.pupils, self.optimisers, self.outcomes, strict=True):
             if outcome.failed:
@@ -264,8 +265,7 @@ class _Run:
                         pupil.model,
                         ids,
                         alpha=self.recipe.alpha,
-                        teacher_hidden=hidden[i],
-                        teacher_head=taught,
+                        taught=taught[i],
                         chunk=self.recipe.chunk,
                         weight=1 / forwards,
                         compiled=self.recipe.compile,

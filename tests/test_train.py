@@ -90,14 +90,12 @@ def test_the_loss_is_what_the_formula_says_and_so_are_its_gradients(teacher: Pre
     gradients = [parameter.grad for parameter in student.parameters()]
     for parameter in student.parameters():
         parameter.grad = None
-    with torch.no_grad():
-        hidden = objective.hidden_states(teacher, ids)
+    taught = objective.Taught(teacher, ids, chunk=7, keep=True)
     got = objective.loss(
         student.model,
         ids,
         alpha=0.3,
-        teacher_hidden=hidden,
-        teacher_head=objective.head(teacher),
+        taught=taught,
         chunk=7,
         weight=1.0,
     )
@@ -106,6 +104,8 @@ def test_the_loss_is_what_the_formula_says_and_so_are_its_gradients(teacher: Pre
     for parameter, gradient in zip(student.parameters(), gradients, strict=True):
         assert parameter.grad is not None and gradient is not None
         assert torch.allclose(parameter.grad, gradient, atol=1e-6)
+    assert torch.equal(taught.logits(0), wanted[:7]) and taught.logits(0) is taught.logits(0)
+    assert objective.measure(student.model, ids)[1] == 0
     ce2, kl2 = objective.measure(student.model, ids, teacher, batch=2)
     assert math.isclose(ce2, ce.item(), abs_tol=1e-5) and math.isclose(kl2, kl.item(), abs_tol=1e-5)
     assert objective.measure(teacher, ids, teacher)[1] == pytest.approx(0, abs=1e-6)
