@@ -162,19 +162,22 @@ def verify(
 
 @app.command(epilog="Example: bayou restore org/base math.bayou -o ./math --dtype float16")
 def restore(
-    base: Base,
-    file: DeltaPath,
+    base: Annotated[str, typer.Argument(help="The base: a model folder or a Hub id. Left out for a shared model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A .bayou file.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's own unless given.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Larger models are cut into shards of this size.")] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Write the fine-tune as an ordinary Hugging Face folder."""
+    """Write the model of a file as an ordinary Hugging Face folder."""
     from bayou.restore import restore as run
 
-    folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
+    if file is None:  # the one argument is the file, which leans on no base
+        folder = run(None, base, out, dtype=dtype, max_shard_size=max_shard_size)
+    else:
+        folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of weights")
     _finish(as_json, {"path": str(folder), "bytes": size})

@@ -4,7 +4,7 @@
     choose ranks for the budget       allocate.allocate
     walk the layers, encode           calibrate.walk, methods.NAME.encode
     fit the scales (BitDelta)         distill.fit
-    write, atomically                 deltafile.Contents.write
+    write, atomically                 contents.Contents.write
 
 Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and a killed run goes on where it was.
 """
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton
 from bayou.checkpoint import Checkpoint, resolve
+from bayou.contents import Contents
 from bayou.delta import Delta, Term
-from bayou.deltafile import Contents, DeltaFile
+from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms, unpack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal

@@ -30,8 +30,9 @@ ORDER = (
         "plan",
         "allocate",
     ),
-    *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
-    *("attached", "attach", "distill", "preflight", "compress", "evaluate", "report", "cli"),
+    *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
+    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("sharing", "layouts", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
