@@ -32,7 +32,7 @@ ORDER = (
     ),
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
     *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
-    *("sharing", "layouts", "ties", "sharedfile", "search", "share", "cli"),
+    *("sharing", "layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
