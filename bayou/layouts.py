@@ -115,7 +115,7 @@ def arrange(dial: Dial, subs: Mapping[tuple[int, str], SubLayer], total: int) ->
     """
     if dial.layout not in LAYOUTS or dial.kinds not in KINDS:
         raise BadInput(
-            f"layout {dial.layout!r}, kinds {dial.kinds!r}: choose {' or '.join(LAYOUTS)}; {', '.join(KINDS)}"
+            f"--layout {dial.layout} --kinds {dial.kinds}: choose {' or '.join(LAYOUTS)}; {', '.join(KINDS)}"
         )
     layers = 1 + max(block for block, _ in subs)
     kinds = KINDS[dial.kinds]

@@ -78,7 +78,7 @@ def fit(
     if how == "no-base":
         return _tie(name, None, 0.0, metric.low_rank(matrix, rank))
     if how == "zero":
-        g = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(name.encode()))
+        g = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         bound = matrix.shape[1] ** -0.5
         v = (torch.rand(rank, matrix.shape[1], generator=g) * 2 - 1) * bound
         return _tie(name, label, 1.0, (torch.zeros(matrix.shape[0], rank), v))

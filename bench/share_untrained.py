@@ -4,8 +4,8 @@
 
 The table of issue 3, "Must show" 1. MLPs of blocks 8, 12, 16, 20, 24, each tied to the block before; rank 144 for gate,
 up and down. Calibrated on corpus_train; perplexity as `testbed.py general` takes it: the first 60 documents of
-corpus_heldout, 512 tokens each, over all tokens but the first. Every variant is written as a .bayou file and loaded from
-it. One JSON line a variant is appended to OUT; variants that are there already are not repeated.
+corpus_heldout, 512 tokens each, over all tokens but the first. Every variant is written as a .bayou file and loaded
+from it. One JSON line a variant is appended to OUT; variants that are there already are not repeated.
 """
 
 import argparse
