@@ -31,9 +31,10 @@ ORDER = (
         "allocate",
         "sharing",
     ),
-    *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
+    *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
+    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
     *("lora", "student", "objective", "train", "tune", "baselines"),
-    *("attached", "attach", "distill", "preflight", "compress", "evaluate", "report", "cli"),
+    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
