@@ -11,6 +11,7 @@ __all__ = [
     "inspect",
     "load",
     "restore",
+    "share",
     "verify",
 ]
 
@@ -22,4 +23,5 @@ from bayou.errors import BayouError
 from bayou.evaluate import evaluate
 from bayou.report import inspect, verify
 from bayou.restore import restore
+from bayou.share import share
 from bayou.version import __version__

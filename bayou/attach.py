@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from bayou import skeleton
 from bayou.attached import AttachedEmbedding, AttachedExperts, AttachedLinear, Change, merged
-from bayou.checkpoint import Checkpoint, resolve
+from bayou.borrowed import Borrowed
+from bayou.checkpoint import Checkpoint
 from bayou.delta import Delta
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, Unsupported
@@ -72,14 +73,19 @@ def detach(model: PreTrainedModel) -> None:
     delattr(model, _MARK)
 
 
-def _attach(model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None) -> Attachment:
-    """base: given if each parameter of the model holds its own site's reference, as `load` makes them."""
+def _attach(
+    model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None, done: frozenset[str] = frozenset()
+) -> Attachment:
+    """base: given if each parameter of the model holds its own site's reference, as `load` makes them.
+
+    done: tensors that the model computes with already.
+    """
     if hasattr(model, _MARK):
         raise BadInput("a fine-tune is attached to this model already; detach it first")
     attachment = Attachment()
     setattr(model, _MARK, attachment)
     try:
-        for step in _Planner(model, file, base).steps():
+        for step in _Planner(model, file, base, done).steps():
             attachment.put(*step)
     except BaseException:
         detach(model)
@@ -90,12 +96,17 @@ def _attach(model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None) ->
 class _Planner:
     """Finds all that is to be set on a model, looking at the base only, before anything is set."""
 
-    def __init__(self, model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None, done: frozenset[str] = frozenset()
+    ) -> None:
         self.model, self.file, self.base = model, file, base
+        shared = next((site for site in file.sites.values() if site.anchor and site.tensor not in done), None)
+        if shared is not None:
+            raise Unsupported(f"{shared.name} shares {shared.anchor}, another layer of its own model; use bayou.load")
         self.sites: dict[str, list[SiteRecord]] = defaultdict(list)
         for site in file.sites.values():
             self.sites[site.tensor].append(site)
-        self.unchanged = set(file.unchanged)
+        self.finished = done | set(file.unchanged)
         self.places = skeleton.places(model, file.tensors())
         foreign = {s.reference for s in file.sites.values() if s.reference is not None and s.reference != s.tensor}
         self.foreign = skeleton.places(model, foreign) if base is None else {}
@@ -107,7 +118,7 @@ class _Planner:
         """(object, attribute, new value) of all that is to be set."""
         for name, place in self.places.items():
             sites = self.sites[name]
-            if name in self.unchanged:
+            if name in self.finished:
                 continue
             if place.converted:
                 self._convert(place)
@@ -223,7 +234,7 @@ class _Planner:
 
 
 def load(
-    base: str | Path,
+    base: str | Path | None,
     file: DeltaFile | str | Path,
     *,
     dtype: torch.dtype = torch.float32,
@@ -233,7 +244,8 @@ def load(
     """The fine-tune as a transformers model: the base's weights, with the deltas of `file` attached.
 
     Args:
-        base: folder or Hub id of the base that the file was made against.
+        base: folder or Hub id of the base that the file was made against. A file that leans on none (`bayou share`)
+            does without: then it may be None, and is not looked at.
         file: a .bayou file.
         dtype: of the weights in memory and of the arithmetic.
         device: where the model goes.
@@ -241,31 +253,34 @@ def load(
 
     The model is built from the fine-tune's config, so a grown vocabulary, an untied head and a
     vision-language model over a text base work. `detach` turns it into the base, but for tensors that the
-    base has not.
+    base has not. A layer that shares another's matrix holds only what it adds (see borrowed.py).
 
     Raises:
-        WrongBase unless the base is the one that the file was made against; BadFile, DamagedFile,
-        Unsupported.
+        WrongBase unless the base is the one that the file was made against; BadInput for none where one is
+        needed; BadFile, DamagedFile, Unsupported.
     """
     opened = file if isinstance(file, DeltaFile) else DeltaFile(file)
-    folder = resolve(base, base_revision or opened.base["revision"] or None)
-    checkpoint = Checkpoint(folder)
-    opened.check_base(checkpoint)
+    checkpoint = opened.lean_on(base, base_revision)
+    folder = None if checkpoint is None else checkpoint.folder
     model = skeleton.build(opened.fine_tune_config(folder))
     places = skeleton.places(model, opened.tensors())
     for entry in (*opened.sites, *opened.exact):
         if entry not in places and entry.rpartition("[")[0] not in places:
             opened.read_raw(entry)  # the model has no use for it; damage is refused wherever it is
-    sources = _Sources(opened, checkpoint)
+    borrowed = Borrowed(model, places, opened, checkpoint)
+    sources = _Sources(opened, checkpoint, borrowed)
     for name, place in places.items():
-        if place.index is None and not place.converted:
+        if place.index is None and not place.converted and name not in borrowed.factored:
             _reshape(model, place, sources.shape(name))
+    borrowed.strip()
     skeleton.fill(model, "", places, sources.read, dtype=dtype, device=device)
+    borrowed.attach(dtype, device)
     if "generation_config.json" in opened.files:
         stored = json.loads(opened.read_file("generation_config.json", folder))
         model.generation_config = GenerationConfig.from_dict(stored)
-    model.name_or_path = str(folder)
-    _attach(model, opened, checkpoint)
+    model.name_or_path = str(opened.path if folder is None else folder)
+    if checkpoint is not None:
+        _attach(model, opened, checkpoint, borrowed.done)
     return model
 
 
@@ -282,17 +297,19 @@ class _Sources:
     """For each disk name of the fine-tune, the base's tensor that stands in its place in the loaded model.
 
     It is the site's reference; else the base's tensor of the same name; else, where the base has nothing of
-    the kind, the exact tensor itself (for a coded one without a reference: zeros).
+    the kind, the tensor itself.
     """
 
-    def __init__(self, file: DeltaFile, base: Checkpoint) -> None:
-        self.file, self.base = file, base
+    def __init__(self, file: DeltaFile, base: Checkpoint | None, borrowed: Borrowed) -> None:
+        self.file, self.base, self.borrowed = file, base, borrowed
         self.sites: dict[str, list[SiteRecord]] = defaultdict(list)
         for site in file.sites.values():
             self.sites[site.tensor].append(site)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of what `read` gives."""
+        if self.base is None or name in self.borrowed.restored:
+            return self.borrowed.shape(name)
         sites = self.sites[name]
         if sites and sites[0].part is not None:
             return (len(sites), *sites[0].disk_shape)
@@ -305,10 +322,12 @@ class _Sources:
 
     def read(self, name: str) -> Tensor:
         """The tensor, as it is on disk."""
+        if self.base is None or name in self.borrowed.restored:
+            return self.borrowed.restore(name)
         sites = self.sites[name]
         if sites and sites[0].part is not None:
             return torch.stack([_read_reference(self.base, site) for site in sites])
-        if sites and (sites[0].reference is not None or name not in self.base):
+        if sites and sites[0].reference is not None:
             return _read_reference(self.base, sites[0])
         return self.base.read(name) if name in self.base else self.file.read_exact(name)
 

@@ -38,9 +38,10 @@ class _Around(nn.Module):
 class _Attached(_Around):
     """A module around one with a weight; the delta is (out, in), out possibly less than the base has rows.
 
-    base: the reference, inner's own weight or that of another module of the base. extra: rows that the base
-    has not. `weight` is the fine-tune's, computed at each access: code that looks at a module's weight
-    instead of calling the module gets a right answer, slowly.
+    base: the reference: inner's own weight, or that of another module (of the base; of a layer that this one
+    shares it with, and inner has no weight then). extra: rows that the base has not. `weight` is the
+    fine-tune's, computed at each access: code that looks at a module's weight instead of calling the module
+    gets a right answer, slowly.
     """
 
     def __init__(self, inner: nn.Module, base: Tensor, delta: Delta, extra: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | inspect | verify | restore | eval`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | eval`."""
 
 import json
 import sys
@@ -127,6 +127,79 @@ def compress(
     _finish(as_json, report.json())
 
 
+@app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")
+def share(
+    model: Annotated[str, typer.Argument(help="The model: a folder or a Hub id.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
+    method: Annotated[str, typer.Option(help="deltallm, or a rival: shortgpt, laco, ...")] = "deltallm",
+    plan: Annotated[str, typer.Option(help="layout, or search: choose per sub-layer by measured loss.")] = "layout",
+    layout: Annotated[str, typer.Option(help="alternating or sequential.")] = "alternating",
+    kinds: Annotated[str, typer.Option(help="What is shared: mlp, attention or all.")] = "mlp",
+    keep_ends: Annotated[int, typer.Option(help="Blocks kept whole at either end.")] = 2,
+    reduce: Annotated[float | None, typer.Option(help="Share of all parameters to remove; 0.12 unless given.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="The same as parameters of the model over those left.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of every delta.")] = None,
+    count: Annotated[int | None, typer.Option(help="Delta blocks.")] = None,
+    blocks: Annotated[str, typer.Option(help="The delta blocks themselves, e.g. 8,12,16.")] = "",
+    per_anchor: Annotated[int | None, typer.Option(help="sequential: delta blocks of one anchor.")] = None,
+    init: Annotated[
+        str, typer.Option(help="zero, svd, whitened, whitened+gain, als, or no-base (control).")
+    ] = "whitened+gain",
+    delta_method: Annotated[str, typer.Option(help=f"Deltas stored by {', '.join(methods.names())}.")] = "lowrank",
+    bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="Any other option of --delta-method, NAME=VALUE.")] = None,
+    anchor_bits: Annotated[int | None, typer.Option(help="Store anchors in 1 to 8 bits (GPTQ).")] = None,
+    quantise: Annotated[str, typer.Option(help="What --anchor-bits is for: anchors, linears or all.")] = "anchors",
+    calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Order of the calibration documents, and of --init zero.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model whose layers share other layers' matrices, as one small file that needs no base."""
+    from bayou.layouts import Dial, reduction
+    from bayou.share import share as run
+
+    chosen = _options(option) | ({} if bits is None else {"bits": bits})
+    dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
+    with _Bars() as bars:
+        report = run(
+            model,
+            out,
+            method=method,
+            dial=dial,
+            initialisation=init,
+            plan=plan,
+            delta_method=delta_method,
+            delta_options=chosen,
+            anchor_bits=anchor_bits,
+            quantise=quantise,
+            calibration=calibration,
+            tokens=tokens,
+            length=length,
+            seed=seed,
+            device=device,
+            revision=revision,
+            progress=bars.show,
+        )
+    print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the model, in {report.seconds:.1f} s")
+    print(
+        f"  {report.parameters:,} parameters of {report.original:,}: {100 * report.removed:.2f} % fewer "
+        f"({100 * report.removed_of_layers:.2f} % without embeddings)"
+    )
+    print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
+    _finish(as_json, report.json())
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(word) for word in text.split(",") if word.strip())
+    except ValueError:
+        raise BadInput(f"--blocks {text}: write numbers of blocks, e.g. 8,12,16") from None
+
+
 @app.command(epilog="Example: bayou inspect math.bayou --plot spectrum.png")
 def inspect(
     file: DeltaPath,
@@ -162,19 +235,22 @@ def verify(
 
 @app.command(epilog="Example: bayou restore org/base math.bayou -o ./math --dtype float16")
 def restore(
-    base: Base,
-    file: DeltaPath,
+    base: Annotated[str, typer.Argument(help="The base: a model folder or a Hub id. Left out for a shared model.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write.")],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A .bayou file.")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; the fine-tune's own unless given.")
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Larger models are cut into shards of this size.")] = "5GB",
     as_json: Json = False,
 ) -> None:
-    """Write the fine-tune as an ordinary Hugging Face folder."""
+    """Write the model of a file as an ordinary Hugging Face folder."""
     from bayou.restore import restore as run
 
-    folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
+    if file is None:  # the one argument is the file, which leans on no base
+        folder = run(None, base, out, dtype=dtype, max_shard_size=max_shard_size)
+    else:
+        folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of weights")
     _finish(as_json, {"path": str(folder), "bytes": size})

@@ -4,7 +4,7 @@
     choose ranks for the budget       allocate.allocate
     walk the layers, encode           calibrate.walk, methods.NAME.encode
     fit the scales (BitDelta)         distill.fit
-    write, atomically                 deltafile.Contents.write
+    write, atomically                 contents.Contents.write
 
 Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and a killed run goes on where it was.
 """
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton
 from bayou.checkpoint import Checkpoint, resolve
+from bayou.contents import Contents
 from bayou.delta import Delta, Term
-from bayou.deltafile import Contents, DeltaFile
+from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms, unpack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
@@ -154,10 +155,6 @@ class _Job:
         device: str,
         progress: Progress,
     ) -> None:
-        if not out.parent.is_dir():
-            raise BadInput(f"{out.parent} is not a folder; make it first")
-        if out.is_dir():
-            raise BadInput(f"{out} is a folder; give the name of a file, e.g. {out / 'delta.bayou'}")
         preflight.check_device(device)
         preflight.check_revision(base_revision)
         self.out, self.device, self.progress = out, device, progress
@@ -165,8 +162,7 @@ class _Job:
         self.base_id = "" if Path(base).is_dir() else str(base)
         self.revision = base_revision or (preflight.snapshot_commit(self.base.folder) if self.base_id else "")
         for folder in (self.base.folder, self.tuned.folder):
-            if out.exists() and out.suffix != ".bayou" and out.parent.resolve() == folder.resolve():
-                raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
+            preflight.check_output(out, folder)
         self.model = skeleton.build(self.tuned.folder)
         self.places = skeleton.places(self.model, self.tuned.names())
         self.errors: dict[int, float] = {}

@@ -17,8 +17,6 @@ import hashlib
 import json
 import re
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,125 +25,24 @@ import torch
 from torch import Tensor
 
 from bayou import plan, sidecar
-from bayou.checkpoint import (
-    DTYPES,
-    Checkpoint,
-    Output,
-    as_bytes,
-    as_tensor,
-    header_bytes,
-    read_bytes,
-    read_header,
-    write_safetensors,
-)
+from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, resolve
+from bayou.contents import FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
-from bayou.errors import BadFile, DamagedFile, WrongBase
+from bayou.errors import BadFile, BadInput, DamagedFile, WrongBase
 from bayou.plan import SiteRecord
 
-FORMAT, VERSION = "bayou", "1"
 _MAX_ELEMENTS = 2**40
-_FILE = ".file."
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
 
-@dataclass(frozen=True)
-class Exact:
-    """A tensor, or the rows by which one grew, that the file holds as it is."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Callable[[], Tensor]
+def _floats(word: str) -> bool:
+    return DTYPES[word].is_floating_point
 
 
-@dataclass(frozen=True)
-class Contents:
-    """All that goes into a file, but for the sites' bytes.
-
-    used: fingerprints of the base tensors that the file leans on, by name. unchanged: names of fine-tuned tensors that
-    equal the base's. files: name -> sha256 of small files that equal the base's. changed_files: name -> difference.
-    """
-
-    sites: list[SiteRecord]
-    exact: list[Exact]
-    unchanged: list[str]
-    base_id: str
-    revision: str
-    used: dict[str, bytes]
-    files: dict[str, str]
-    changed_files: dict[str, bytes]
-
-    def metadata(self) -> dict[str, str]:
-        """The file's __metadata__."""
-        root = hashlib.sha256(b"".join(self.used[name] for name in sorted(self.used))).hexdigest()
-        base = {"id": self.base_id, "revision": self.revision, "root": root}
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "base": json.dumps(base, separators=(",", ":")),
-            "plan": plan.dumps(self.sites),
-            "unchanged": json.dumps(self.unchanged, separators=(",", ":")),
-            "files": json.dumps(self.files, separators=(",", ":")),
-        }
-
-    def _outputs(self, blob: Callable[[int], bytes], errors: list[float]) -> list[Output]:
-        sites = [
-            Output(site.name, "U8", (site.nbytes,), lambda index=index: [blob(index)])  # type: ignore[misc]
-            for index, site in enumerate(self.sites)
-        ]
-        rest = [
-            Output(exact.name, exact.dtype, exact.shape, lambda exact=exact: [exact.read()])  # type: ignore[misc]
-            for exact in self.exact
-        ]
-        fidelity = torch.tensor(errors, dtype=torch.float16)
-        hashes = b"".join(self.used[name] for name in sorted(self.used))
-        rest.append(Output(".fidelity", "F16", (len(self.sites),), lambda: [fidelity]))
-        rest.append(Output(".base", "U8", (len(hashes),), lambda: [hashes]))
-        for name, content in self.changed_files.items():
-            rest.append(Output(_FILE + name, "U8", (len(content),), lambda content=content: [content]))  # type: ignore[misc]
-        # Larger elements first, so that every tensor lies on a multiple of its element.
-        rest.sort(key=lambda output: (-DTYPES[output.dtype].itemsize, output.name))
-        return sites + rest
-
-    def nbytes(self) -> int:
-        """Bytes of the whole file."""
-        outputs = self._outputs(lambda _: b"", [0.0] * len(self.sites))
-        closing = _closing(len(outputs), [], {})
-        return len(header_bytes(outputs + closing, self.metadata())) + sum(o.nbytes for o in outputs + closing)
-
-    def write(self, path: Path, blob: Callable[[int], bytes], errors: list[float]) -> int:
-        """Write the file; blob(i) gives the bytes of site i, errors the relative error of each. Returns its bytes."""
-        digests: list[bytes] = []
-        metadata = self.metadata()
-
-        def digested(output: Output) -> Output:
-            def produce() -> Iterable[Tensor | bytes]:
-                digest = hashlib.sha256()
-                for piece in output.produce():
-                    digest.update(as_bytes(piece) if isinstance(piece, Tensor) else piece)
-                    yield piece
-                digests.append(digest.digest())
-
-            return Output(output.name, output.dtype, output.shape, produce)
-
-        outputs = [digested(output) for output in self._outputs(blob, errors)]
-        return write_safetensors(path, outputs + _closing(len(outputs), digests, metadata, outputs), metadata)
-
-
-def _closing(
-    count: int, digests: list[bytes], metadata: dict[str, str], outputs: list[Output] | None = None
-) -> list[Output]:
-    """The entries .digests and .root; their bytes are known once all others have been written."""
-    closing: list[Output] = []
-
-    def root() -> list[bytes]:
-        header = header_bytes((outputs or []) + closing, metadata)
-        return [hashlib.sha256(header + b"".join(digests)).digest()]
-
-    closing.append(Output(".digests", "U8", (32 * count,), lambda: [b"".join(digests)]))
-    closing.append(Output(".root", "U8", (32,), root))
-    return closing
+def _kind(site: SiteRecord) -> tuple[Any, ...]:
+    """What all parts of a tensor must have alike."""
+    return site.disk_shape, site.dtype, site.anchor is None
 
 
 class DeltaFile:
@@ -227,7 +124,8 @@ class DeltaFile:
                 raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
         self.exact = [name for name in names[count:] if not name.startswith(".")]
         self._tails = {name.rpartition("[")[0]: name for name in self.exact if name.endswith(":]")}
-        self.files = sorted([*self._files, *(name[len(_FILE) :] for name in names if name.startswith(_FILE))])
+        stored = [name[len(FILE_PREFIX) :] for name in names if name.startswith(FILE_PREFIX)]
+        self.files = sorted([*self._files, *stored])
         for name in self.files:
             if not sidecar.is_carried(name):
                 raise BadFile(f"{self.path}: a file named {name!r} is not one that a model folder holds")
@@ -236,18 +134,21 @@ class DeltaFile:
         if ".base" not in self._entries:
             raise BadFile(f"{self.path}: .base is missing")
         self._check_tensors()
+        self._check_anchors()
 
     def _check_tensors(self) -> None:
         """Raises BadFile unless each tensor stands once: whole, in parts 0, 1, ... of one kind, exact, or unchanged."""
         parts: dict[str, list[SiteRecord]] = {}
         for site in self.sites.values():
             parts.setdefault(site.tensor, []).append(site)
-            if not DTYPES[site.dtype].is_floating_point:
+            if not _floats(site.dtype):
                 raise BadFile(f"{self.path}: site {site.name!r} has dtype {site.dtype}, which no matrix has")
         for tensor, sites in parts.items():
             numbered = [site.part for site in sites]
-            if numbered not in ([None], list(range(len(sites)))) or len({(s.disk_shape, s.dtype) for s in sites}) > 1:
-                raise BadFile(f"{self.path}: the parts of {tensor!r} are not 0, 1, ... of one shape and dtype")
+            if numbered not in ([None], list(range(len(sites)))) or len({_kind(s) for s in sites}) > 1:
+                raise BadFile(
+                    f"{self.path}: the parts of {tensor!r} are not 0, 1, ... of one shape, dtype and kind of reference"
+                )
         whole = [*parts, *self.unchanged]
         for name in self.exact:
             if not name.endswith(":]"):
@@ -263,6 +164,27 @@ class DeltaFile:
                 raise BadFile(f"{self.path}: the rows {name!r} do not continue a site")
         if len(set(whole)) != len(whole):
             raise BadFile(f"{self.path}: a tensor stands twice")
+
+    def _check_anchors(self) -> None:
+        shapes = {name: self.exact_shape(name) for name in self.exact if _floats(self.exact_dtype(name))}
+        parts: dict[str, int] = {}
+        for site in self.sites.values():
+            if site.anchor is not None:
+                continue
+            parts[site.tensor] = parts.get(site.tensor, 0) + 1
+            shape = site.disk_shape if site.part is None else (parts[site.tensor], *site.disk_shape)
+            tail = self.tail(site.tensor)
+            grown = self.exact_shape(tail)[0] if tail else 0
+            shapes[site.tensor] = (shape[0] + grown, *shape[1:])
+        try:
+            plan.check_anchors(self.sites.values(), shapes)
+        except BadFile as error:
+            raise BadFile(f"{self.path}: {error}") from None
+
+    @property
+    def self_contained(self) -> bool:
+        """Whether the model can be made without any base."""
+        return not self.used() and not self._files
 
     @property
     def nbytes(self) -> int:
@@ -319,7 +241,26 @@ class DeltaFile:
 
     def used(self) -> list[str]:
         """Names of the base's tensors that the file leans on, sorted as the fingerprints in .base are."""
-        return sorted({s.reference for s in self.sites.values() if s.reference is not None} | set(self.unchanged))
+        references = {site.base_reference for site in self.sites.values()}
+        return sorted({name for name in references if name is not None} | set(self.unchanged))
+
+    def lean_on(self, base: str | Path | None, revision: str | None = None) -> Checkpoint | None:
+        """The base, found and compared; None for a self-contained file, whose base is not even looked at.
+
+        Raises BadInput where a base is needed and none is given, WrongBase for another one.
+        """
+        if self.self_contained:
+            if self._entries[".base"].shape != (0,):
+                raise BadFile(f"{self.path} leans on no base, but .base is not empty")
+            return None
+        if base is None:
+            whose = self.base["id"] or "a local folder"
+            raise BadInput(
+                f"{self.path} leans on {len(self.used())} tensors of its base ({whose}); give the base before the file"
+            )
+        checkpoint = Checkpoint(resolve(base, revision or self.base["revision"] or None))
+        self.check_base(checkpoint)
+        return checkpoint
 
     def check_base(self, base: Checkpoint, *, rehash: bool = False) -> None:
         """Raises WrongBase, naming the first differing tensor, unless `base` is what the file was made against."""
@@ -341,9 +282,9 @@ class DeltaFile:
 
     def _check_shapes(self, base: Checkpoint) -> None:
         for site in self.sites.values():
-            if site.reference is None:
+            if site.base_reference is None:
                 continue
-            shape = base.shape(site.reference)
+            shape = base.shape(site.base_reference)
             inside = site.reference_part is None or (site.reference_part,) < shape[:1]
             shape = shape if site.reference_part is None else shape[1:]
             fits = (
@@ -363,12 +304,12 @@ class DeltaFile:
             self.delta(name)
         return len(self._entries)
 
-    def read_file(self, name: str, base_folder: Path) -> bytes:
+    def read_file(self, name: str, base_folder: Path | None) -> bytes:
         """A config or tokenizer file of the fine-tune, whole, also where a difference from the base's is stored."""
-        path = base_folder / name
-        old = path.read_bytes() if path.is_file() else None
-        if _FILE + name in self._entries:
-            return sidecar.patched(name, old, bytes(self.read_raw(_FILE + name)))
+        path = None if base_folder is None else base_folder / name
+        old = path.read_bytes() if path is not None and path.is_file() else None
+        if FILE_PREFIX + name in self._entries:
+            return sidecar.patched(name, old, bytes(self.read_raw(FILE_PREFIX + name)))
         if name not in self._files:
             raise BadFile(f"{self.path} holds no {name}")
         if old is None or sidecar.digest(old) != self._files[name]:
@@ -377,7 +318,7 @@ class DeltaFile:
             )
         return old
 
-    def fine_tune_config(self, base_folder: Path) -> dict[str, Any]:
+    def fine_tune_config(self, base_folder: Path | None) -> dict[str, Any]:
         """The fine-tune's config.json. Raises BadFile where that is no JSON object."""
         try:
             config = json.loads(self.read_file("config.json", base_folder))

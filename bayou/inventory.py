@@ -15,11 +15,11 @@ from torch import Tensor
 
 from bayou import methods
 from bayou.checkpoint import Checkpoint
+from bayou.contents import Exact
 from bayou.decompose import Matrix
 from bayou.delta import ROWS, Delta
-from bayou.deltafile import Exact
 from bayou.errors import BadInput, Unsupported
-from bayou.plan import SiteRecord
+from bayou.plan import SELF, SiteRecord
 from bayou.skeleton import Place
 
 LEAST_SIDE = 16
@@ -112,7 +112,7 @@ def take(
     table_options = methods.check(table_method, table_options)
 
     for name in sorted(tuned.names(), key=natural):
-        if name.startswith(".") or name.endswith("]"):
+        if name.startswith((".", SELF)) or name.endswith("]"):
             raise Unsupported(
                 f"{tuned.folder}: the tensor name {name!r} has a meaning of its own in a .bayou file; rename it"
             )

@@ -8,11 +8,12 @@ a model of 200 matrices is a few hundred bytes and a number a site:
      "sites": [0, 0, [1, {"reference": "model.embed_tokens.weight"}], ...]}
 
 in the order of the file's entries, which also give the names. A site's reference is the base's tensor of its own name
-unless it says otherwise; `null` is none.
+unless it says otherwise; `null` is none, `self:NAME` is the tensor NAME of the file's own model (layer sharing).
 """
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -24,6 +25,8 @@ from bayou.packed import Spec
 KINDS = ("Dense", "LowRank")
 MAX_DIMENSION = 2**27
 MAX_RANK_BLOCK = 128
+SELF = "self:"
+"""Begins a reference to a tensor of the file's own model."""
 MAX_DIMENSIONS = 8
 MAX_UNREFERENCED = 2**31
 """Elements of a site without a reference: no tensor of the base vouches for its size, only a few bytes of terms."""
@@ -37,7 +40,8 @@ class SiteRecord:
     tensor: disk name in the fine-tune. part: index along dimension 0, or None. shape: (out, in) of the terms.
     disk_shape: shape of the tensor (or part) on disk; the transpose of `shape` for a Conv1D, more than two dimensions
     for a convolution kernel. A tensor with rows beyond the reference's has them in an exact entry "name[rows:]".
-    dtype: safetensors' word. reference: disk name in the base, or None; reference_part likewise. gain multiplies it.
+    dtype: safetensors' word. reference: disk name in the base, or "self:" and a disk name of the file's own model, or
+    None; reference_part: index along its dimension 0. gain multiplies it.
     """
 
     tensor: str
@@ -58,6 +62,16 @@ class SiteRecord:
     def name(self) -> str:
         """The entry's name in the file."""
         return self.tensor if self.part is None else f"{self.tensor}[{self.part}]"
+
+    @property
+    def anchor(self) -> str | None:
+        """The tensor of the file's own model that the site refers to, or None."""
+        return self.reference[len(SELF) :] if self.reference and self.reference.startswith(SELF) else None
+
+    @property
+    def base_reference(self) -> str | None:
+        """The base's tensor that the site refers to, or None."""
+        return None if self.anchor is not None else self.reference
 
     @property
     def nbytes(self) -> int:
@@ -185,6 +199,8 @@ def _layout(term: list[Any]) -> TermLayout:
 def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
     index, own = (entry, {}) if isinstance(entry, int) else entry
     tensor, part = split_name(name)
+    if tensor.startswith(SELF):
+        raise ValueError(f"a site of the name {name!r:.80}")
     if part is not None:
         _integer(part, 0, MAX_DIMENSION)
     reference: str | None = tensor
@@ -206,3 +222,24 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
         gain=float(gain),
         **template,
     )
+
+
+def check_anchors(sites: Iterable[SiteRecord], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises BadFile, naming the site, unless each `self:` reference is to a tensor that it can be made from.
+
+    shapes: of every floating tensor of the model that is exact or whose sites have no `self:` reference, so a chain or
+    a cycle is refused as a name that is not among them.
+    """
+    for site in sites:
+        if site.anchor is None:
+            continue
+        shape = shapes.get(site.anchor)
+        if shape is None:
+            raise BadFile(
+                f"site {site.name!r} refers to {site.reference!r}, which the file does not hold as an exact floating "
+                "tensor, nor as a site that refers to no other layer itself"
+            )
+        if site.reference_part is not None:
+            shape = shape[1:] if (site.reference_part,) < shape[:1] else ()
+        if len(shape) != len(site.disk_shape) or shape[1:] != site.disk_shape[1:] or shape[0] < site.disk_shape[0]:
+            raise BadFile(f"site {site.name!r} is {site.disk_shape}, its reference {site.reference!r} {shape}")

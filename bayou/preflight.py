@@ -30,6 +30,16 @@ def check_distillation(steps: int, calibration: str | Path | None) -> None:
         )
 
 
+def check_output(out: Path, folder: Path) -> None:
+    """Raises BadInput for an output that is no file of its own, or lies among the weights of the model in `folder`."""
+    if not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is not a folder; make it first")
+    if out.is_dir():
+        raise BadInput(f"{out} is a folder; give the name of a file, e.g. {out / 'small.bayou'}")
+    if out.exists() and out.suffix != ".bayou" and out.parent.resolve() == folder.resolve():
+        raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
+
+
 def check_device(device: str) -> None:
     """Raises BadInput for a device that this torch cannot use."""
     try:

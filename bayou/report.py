@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from bayou.checkpoint import Checkpoint, resolve
 from bayou.delta import LowRank
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput
@@ -74,6 +74,8 @@ def inspect(file: str | Path) -> dict[str, Any]:
     return {
         "path": str(file),
         "bytes": opened.nbytes,
+        "parameters": parameters(opened),
+        "self_contained": opened.self_contained,
         "base": opened.base,
         "root": opened.root,
         "methods": sorted({site.method for site in opened.sites.values() if site.method}),
@@ -97,6 +99,13 @@ def inspect(file: str | Path) -> dict[str, Any]:
     }
 
 
+def parameters(opened: DeltaFile) -> int:
+    """Numbers that a file holds: those of its exact tensors and of its sites' terms; scales and gains do not count."""
+    exact = sum(prod(opened.exact_shape(name)) for name in opened.exact)
+    terms = ((term, site.shape) for site in opened.sites.values() for term in site.terms)
+    return exact + sum(prod(size) for term, shape in terms for _, size in term.matrices(shape))
+
+
 def _formats(site: SiteRecord) -> list[str]:
     return [word for term in site.terms for _, u, v in term.parts for word in (u, v) if word]
 
@@ -117,9 +126,8 @@ def table(found: dict[str, Any]) -> Group:
     share = 100 * found["bookkeeping"] / found["bytes"]
     shown.add_row(BOOKKEEPING, "", f"{found['bookkeeping']:,}", "", "", f"{share:.2f} % of the file")
     base = found["base"]
-    return Group(
-        shown, f"base: {base['id'] or 'a local folder'}, root {base['root'][:16]}   file root: {found['root'][:16]}"
-    )
+    whose = "none" if found["self_contained"] else f"{base['id'] or 'a local folder'}, root {base['root'][:16]}"
+    return Group(shown, f"base: {whose}   file root: {found['root'][:16]}   numbers: {found['parameters']:,}")
 
 
 def verify(file: str | Path, base: str | Path | None = None) -> dict[str, Any]:
@@ -130,7 +138,9 @@ def verify(file: str | Path, base: str | Path | None = None) -> dict[str, Any]:
     opened = DeltaFile(file)
     entries = opened.verify()
     if base is not None:
-        opened.check_base(Checkpoint(resolve(base, opened.base["revision"] or None)), rehash=True)
+        checkpoint = opened.lean_on(base)
+        if checkpoint is not None:
+            opened.check_base(checkpoint, rehash=True)
     return {
         "path": str(file),
         "bytes": opened.nbytes,

@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayou.checkpoint import DTYPES, Checkpoint, Output, atomic, resolve, write_safetensors
+from bayou.checkpoint import DTYPES, Checkpoint, Output, atomic, write_safetensors
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadFile, BadInput, disk_error
 from bayou.inventory import read_matrix
+from bayou.plan import SiteRecord
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -34,10 +35,11 @@ def parse_size(text: str) -> int:
 
 
 class Restorer:
-    """The fine-tune's tensors, made one at a time from a base that has been checked."""
+    """The model's tensors, made one at a time from a base that has been checked (None: the file leans on none)."""
 
-    def __init__(self, base: Checkpoint, file: DeltaFile) -> None:
+    def __init__(self, base: Checkpoint | None, file: DeltaFile) -> None:
         self._base, self._file, self._exact = base, file, set(file.exact)
+        self._anchor: tuple[str, Tensor] | None = None  # the last one, which several sites in a row may refer to
         self._parts: dict[str, list[str]] = {}
         for name, site in file.sites.items():
             self._parts.setdefault(site.tensor, []).append(name)
@@ -53,7 +55,11 @@ class Restorer:
             return site.dtype, (site.disk_shape[0] + grown, *site.disk_shape[1:])
         if name in self._exact:
             return self._file.exact_dtype(name), self._file.exact_shape(name)
-        return self._base.word(name), self._base.shape(name)
+        return self._leaned_on().word(name), self._leaned_on().shape(name)
+
+    def _leaned_on(self) -> Checkpoint:
+        assert self._base is not None  # DeltaFile.lean_on gives one wherever the file names one of its tensors
+        return self._base
 
     def pieces(self, name: str, dtype: torch.dtype) -> Iterable[Tensor]:
         """The tensor in `dtype`, in pieces along dimension 0."""
@@ -65,13 +71,17 @@ class Restorer:
         elif name in self._exact:
             yield self._file.read_exact(name).to(dtype)
         else:
-            yield self._base.read(name).to(dtype)
+            yield self._leaned_on().read(name).to(dtype)
 
     def _site(self, entry: str, dtype: torch.dtype) -> Tensor:
         site = self._file.sites[entry]
         reference = None
-        if site.reference is not None:
-            reference = read_matrix(self._base, site.reference, site.reference_part, site, 0, site.shape[0])
+        if site.anchor is not None:
+            if self._anchor is None or self._anchor[0] != site.anchor:
+                self._anchor = site.anchor, self.tensor(site.anchor)
+            reference = oriented(self._anchor[1], site.reference_part, site)
+        elif site.reference is not None:
+            reference = read_matrix(self._leaned_on(), site.reference, site.reference_part, site, 0, site.shape[0])
         weight = self._file.delta(entry).restore(reference, dtype)
         return (weight.T if site.transposed else weight).reshape(site.disk_shape).contiguous()
 
@@ -84,8 +94,14 @@ class Restorer:
         return (pieces[0] if len(pieces) == 1 else torch.cat([p.reshape(-1) for p in pieces])).reshape(shape)
 
 
+def oriented(whole: Tensor, part: int | None, site: SiteRecord) -> Tensor:
+    """The rows of a tensor, or of its index `part`, that a site refers to, as its terms lie: (out, in)."""
+    rows = (whole if part is None else whole[part])[: site.disk_shape[0]]
+    return rows.T if site.transposed else rows.reshape(site.shape)
+
+
 def restore(
-    base: str | Path,
+    base: str | Path | None,
     file: str | Path,
     out: str | Path,
     *,
@@ -96,17 +112,17 @@ def restore(
     """Write the fine-tune as a Hugging Face folder `out`; returns it.
 
     Args:
-        base: the folder or Hub id of the base that the file was made against.
+        base: the folder or Hub id of the base that the file was made against; None, or any, for a file that leans on
+            none (`bayou share`).
         dtype: float32, float16 or bfloat16 for all floating point tensors; None keeps the fine-tune's own.
         max_shard_size: e.g. "5GB"; more than this goes to shards with an index.
 
     Raises:
-        WrongBase, before anything is written; BadFile, DamagedFile; BadInput where `out` holds a model already;
-        BayouError for a full disk. `out` is then as it was.
+        WrongBase, before anything is written; BadFile, DamagedFile; BadInput where `out` holds a model already, or a
+        base is needed and none given; BayouError for a full disk. `out` is then as it was.
     """
     opened = DeltaFile(file)
-    checkpoint = Checkpoint(resolve(base, base_revision or opened.base["revision"] or None))
-    opened.check_base(checkpoint)
+    checkpoint = opened.lean_on(base, base_revision)
     words = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
     if dtype is not None and dtype not in words:
         raise BadInput(f"--dtype {dtype}: choose float32, float16 or bfloat16")
@@ -114,10 +130,11 @@ def restore(
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.glob("*.safetensors*"))):
         raise BadInput(f"{folder} exists and holds a model (or is a file); choose another folder")
-    files = {name: opened.read_file(name, checkpoint.folder) for name in opened.files}
+    base_folder = None if checkpoint is None else checkpoint.folder
+    files = {name: opened.read_file(name, base_folder) for name in opened.files}
     restorer = Restorer(checkpoint, opened)
     for name in opened.unchanged:
-        if name not in checkpoint:
+        if checkpoint is None or name not in checkpoint:
             raise BadFile(f"{file}: tensor {name!r} is said to equal the base's, which has none")
     outputs = []
     for name in opened.tensors():

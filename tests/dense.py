@@ -7,8 +7,8 @@ import torch
 
 from bayou import sidecar, skeleton
 from bayou.checkpoint import Checkpoint
+from bayou.contents import Contents, Exact
 from bayou.delta import Dense
-from bayou.deltafile import Contents, Exact
 from bayou.entry import pack_terms
 from bayou.methods import TermLayout
 from bayou.packed import Packed

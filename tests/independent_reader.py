@@ -126,22 +126,23 @@ def matrix(template, own, data, base):
     return turn(narrow(total, template["dtype"])).reshape(disk)
 
 
-def restore(path, base_folder):
-    """Every tensor of the fine-tune; of bf16 the bits, as uint16."""
-    (sites, rest, unchanged), tensors = load(path), {}
-    base = dict(item for shard in Path(base_folder).glob("*.safetensors") for item in safetensors(shard)[1].items())
-    needed = sorted({own["reference"] for *_, own, _ in sites.values()} - {None} | set(unchanged), key=str.encode)
-    for name, fingerprint in zip(needed, rest[".base"][1].reshape(-1, 32), strict=True):
+def restore(path, base_folder=None):
+    """Every tensor of the model; of bf16 the bits, as uint16. No base folder: the file leans on no base."""
+    (sites, rest, unchanged), shards = load(path), Path(base_folder).glob("*.safetensors") if base_folder else ()
+    base = dict(item for shard in shards for item in safetensors(shard)[1].items())
+    late = {n for n, (*_, own, _) in sites.items() if str(own["reference"])[:5] == "self:"}  # needs another one whole
+    leant = {own["reference"] for n, (*_, own, _) in sites.items() if n not in late} - {None} | set(unchanged)
+    for name, found in zip(sorted(leant, key=str.encode), rest[".base"][1].reshape(-1, 32), strict=True):
         line = json.dumps([name, base[name][0], base[name][1].shape]) + "\n"
-        check(hashlib.sha256(line.encode() + base[name][1].tobytes()).digest() == fingerprint.tobytes(), name)
-    for tensor, part, *how in sites.values():
-        check(part == (str(len(tensors[tensor])) if tensor in tensors else part and "0"), f"parts of {tensor}")
-        tensors.setdefault(tensor, []).append(matrix(*how, base)[None if part else ...])
-    for name, array in [(n, a) for n, (_, a) in rest.items() if n[0] != "."] + [(n, base[n][1]) for n in unchanged]:
-        tensor, row = re.fullmatch(r"(.*?)(?:\[([1-9][0-9]*):\])?", name).groups()
-        check(len(tensors[tensor][0]) == int(row) if row else tensor not in tensors, f"{name} stands twice or alone")
-        tensors.setdefault(tensor, []).append(array)
-    return {name: np.concatenate(arrays) if len(arrays) > 1 else arrays[0] for name, arrays in tensors.items()}
+        check(hashlib.sha256(line.encode() + base[name][1].tobytes()).digest() == found.tobytes(), name)
+    exact = {n: item for n, item in rest.items() if n[0] != "."} | {n: base[n] for n in unchanged}
+    for name in sorted((*sites, *exact), key=lambda name: 2 * (name in late) - (name in sites)):
+        tensor, row, *how = sites.get(name) or re.fullmatch(r"(.*?)(?:\[([1-9][0-9]*):\])?", name).groups()
+        word, array = (how[0]["dtype"], matrix(*how, base)[None if row else ...]) if how else exact[name]
+        old = base.get(f"self:{tensor}")
+        check(int(row or 0) == (len(old[1]) if old else 0), f"{name} stands twice, or out of order")
+        base[f"self:{tensor}"] = word, np.concatenate([old[1], array]) if old else array
+    return {name[5:]: array for name, (_, array) in base.items() if name[:5] == "self:"}
 
 
 if __name__ == "__main__":

@@ -207,7 +207,7 @@ def test_a_failed_run_leaves_the_old_file_untouched(base: Path, tuned: Path, tmp
     with pytest.raises(TooSmall):
         bayou.compress(base, tuned, out, ratio=100, **NONE)
     with monkeypatch.context() as patch:
-        patch.setattr("bayou.deltafile.as_bytes", lambda _: 1 / 0)
+        patch.setattr("bayou.contents.as_bytes", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             bayou.compress(base, tuned, out, ratio=4, **NONE)
     assert out.read_bytes() == b"old"

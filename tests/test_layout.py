@@ -29,9 +29,12 @@ ORDER = (
         "methods",
         "plan",
         "allocate",
+        "sharing",
     ),
-    *("checkpoint", "sidecar", "entry", "deltafile", "journal", "skeleton", "inventory", "restore", "calibrate"),
-    *("attached", "attach", "distill", "preflight", "compress", "evaluate", "report", "cli"),
+    *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
+    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("lora", "student", "objective", "train", "tune", "baselines"),
+    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
