@@ -125,6 +125,20 @@ def float_lowrank(u: Tensor, s: Tensor, v: Tensor, kind: str = "f16") -> LowRank
     return LowRank(tuple(blocks), gain)
 
 
+def agreement(site: "Site", u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """<d, d H> and <q, d H> of each row d of the delta and q of u v, both (out, 1) fp64; H is the gram, or identity.
+
+    Their quotient is what a coded row must be multiplied by to have the strength of the true one.
+    """
+    wanted, kept = [], []
+    for start, block in site.delta.blocks():
+        rows = block.double()
+        acted = rows @ site.gram.matrix.to(rows.device).double() if site.gram else rows
+        wanted.append((acted * rows).sum(1, keepdim=True))
+        kept.append(((acted @ v.double().T) * u[start : start + len(block)].double()).sum(1, keepdim=True))
+    return torch.cat(wanted), torch.cat(kept)
+
+
 def normalised(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
     """u and v by powers of two, so that the largest entry of each is about 1 and fp16 keeps it; and the gain for that.
 

@@ -11,7 +11,7 @@ with groups of 128, asymmetric ranges, act-order and damping .01. The published 
 `refit` (not in the paper) costs no bytes:
 
     rows    each row of U is scaled (its scales are) so that the coded row q of the delta has the strength of the true
-            one, d: <q, d X X^T> = <d, d X X^T>. The default: it makes up for the ranks that are cut
+            one, d, and a little more: <q, d X X^T> = strength <d, d X X^T>. The default: it makes up for what is cut
     full    before that, U is replaced by the least squares fit of the delta to the rounded V (PrinMix's idea, arXiv
             2506.11087), min ||(delta - U Vq) X||^2 + ridge ||(U - s U) diag(H)^(1/2)||^2 with H = Vq X X^T Vq^T, and
             all bands are rounded together, so that a later band also mends the earlier ones' errors
@@ -29,7 +29,7 @@ from torch import Tensor
 from bayou.decompose import svd
 from bayou.delta import LowRank, Term
 from bayou.errors import BadInput
-from bayou.methods import Site, TermLayout, cut, normalised
+from bayou.methods import Site, TermLayout, agreement, cut, normalised
 from bayou.packed import Packed, Spec
 from bayou.quantize import Grid, factorize, gptq, grid, spread
 
@@ -89,9 +89,10 @@ def layout(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
+    strength: float = 1.02,
 ) -> tuple[TermLayout, ...]:
     """One LowRank whose blocks end at the bands' edges. Raises BadInput for a negative (or NaN) damping or ridge."""
-    for name, value in (("damping", damping), ("ridge", ridge)):
+    for name, value in (("damping", damping), ("ridge", ridge), ("strength", strength)):
         if not 0 <= value < inf:
             raise BadInput(f"method deltacome: {name}={value} must be 0 or more, and finite")
     if refit not in ("rows", "full", "none"):
@@ -110,13 +111,14 @@ def encode(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
+    strength: float = 1.02,
 ) -> tuple[Term, ...]:
     """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
 
     bands: see `parse_bands`. group: columns of V (and ranks of U) that share a scale. damping, act_order: GPTQ's.
     refit: rows, full or none (see above; LOG.md has what each is worth). ridge: of "full": without that pull towards
     the plain U the fit serves the calibration's text and shrinks the delta elsewhere. Without a gram, rounding is to
-    nearest and strength is that of the weights.
+    nearest and strength is that of the weights. strength: 1.02 since what is cut in one layer is missed in the next.
     """
     u, s, v = svd(site.delta, rank)
     blocks = list(_blocks(bands, len(s)))
@@ -147,9 +149,9 @@ def encode(
     levels = _stack(u_levels, [(u.shape[0], w) for w in widths], 1, u.device)
     u_codes, u_hat = gptq(u, factorize(hessian, damping=damping, act_order=act_order), levels)
     if refit != "none":
-        strength = _strength(site, u_hat * gain, v_hat)
-        u_hat = u_hat * strength
-        u_scales = [scales and (scales[0] * strength, scales[1]) for scales in u_scales]
+        factors = _factors(site, u_hat * gain, v_hat, strength)
+        u_hat = u_hat * factors
+        u_scales = [scales and (scales[0] * factors, scales[1]) for scales in u_scales]
 
     packed, start = [], 0
     for index, width in enumerate(widths):
@@ -180,21 +182,14 @@ def _refit(
     return torch.cat(rows).float()
 
 
-def _strength(site: Site, u_hat: Tensor, v_hat: Tensor) -> Tensor:
-    """(out, 1): factors of the coded rows q that make <q, d X X^T> equal <d, d X X^T>, d being the delta's row.
+def _factors(site: Site, u_hat: Tensor, v_hat: Tensor, strength: float) -> Tensor:
+    """(out, 1): what to multiply each coded row by for `strength` times the true one's strength.
 
     Cutting ranks and least squares both shrink a delta towards the base, in all rows and layers alike, and such errors
     add up where those of rounding average out. A row that lost more than half is left alone: it is mostly noise.
     """
-    found = []
-    for start, block in site.delta.blocks():
-        rows = block.double()
-        acted = rows @ site.gram.matrix.to(rows.device).double() if site.gram else rows
-        wanted = (acted * rows).sum(1, keepdim=True)
-        coded = u_hat[start : start + len(block)].double()
-        kept = ((acted @ v_hat.double().T) * coded).sum(1, keepdim=True)
-        found.append(torch.where((kept > 0.5 * wanted) & (wanted > 0), wanted / kept, 1.0))
-    return torch.cat(found).float()
+    wanted, kept = agreement(site, u_hat, v_hat)
+    return torch.where((kept > 0.5 * wanted) & (wanted > 0), strength * wanted / kept, 1.0).float()
 
 
 def _grid(part: Tensor, spec: Spec) -> tuple[Tensor, Tensor] | None:

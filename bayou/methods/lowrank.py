@@ -2,14 +2,18 @@
 
 The baseline of Delta-CoMe's tables (arXiv 2406.08903, section 6.1), and what carries embeddings under every method
 here: 92 % of an embedding's delta lies in 64 directions. Below 16 bits both factors are rounded to nearest with one
-scale a row and block, V first; U is then refitted by least squares to the rounded V before it is rounded itself.
+scale a row and block, V first; U is then refitted by least squares to the rounded V before it is rounded itself, and
+the gain gives the whole its full strength.
 """
 
+from dataclasses import replace
+
 import torch
+from torch import Tensor
 
 from bayou.decompose import svd
 from bayou.delta import LowRank, Term
-from bayou.methods import Site, TermLayout, cut, float_lowrank, normalised
+from bayou.methods import Site, TermLayout, agreement, cut, float_lowrank, normalised
 from bayou.packed import Packed, Spec
 from bayou.quantize import nearest
 
@@ -42,4 +46,11 @@ def encode(site: Site, *, rank: int, bits: int = 16) -> tuple[Term, ...]:
     u = u @ fitted.T
     packed_u = [nearest(part, spec) for part in u.split(cut(len(v)), dim=1)]
     blocks: list[tuple[Packed, Packed]] = list(zip(packed_u, packed_v, strict=True))
-    return (LowRank(tuple(blocks), gain),)
+    # Ranks that are cut weaken the delta as a whole, which costs more than the noise of what is left (LOG.md).
+    wanted, kept = (float(part.sum()) for part in agreement(replace(site, gram=None), *_whole(blocks)))
+    strength = wanted / (kept * gain) if kept * gain > 0.5 * wanted > 0 else 1.0
+    return (LowRank(tuple(blocks), torch.tensor(gain * strength, dtype=torch.float32).item()),)
+
+
+def _whole(blocks: list[tuple[Packed, Packed]]) -> tuple[Tensor, Tensor]:
+    return torch.cat([u.unpack() for u, _ in blocks], 1), torch.cat([v.unpack() for _, v in blocks])
