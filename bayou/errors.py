@@ -7,7 +7,8 @@ BayouError
 ├── BadFile         not a well-formed .bayou file (wrong format, hostile header, unknown version)
 ├── DamagedFile     a .bayou file whose bytes are not those that were written
 ├── WrongBase       the base model is not the one the file was made against
-└── JournalMismatch a half-finished compression in OUT.journal/ that belongs to other inputs
+├── JournalMismatch a half-finished compression in OUT.journal/, or training, that belongs to other inputs
+└── Diverged        a training whose loss stopped being a number, again after a smaller step
 """
 
 import errno
@@ -52,7 +53,11 @@ class WrongBase(BayouError):
 
 
 class JournalMismatch(BayouError):
-    """OUT.journal/ holds a compression of other inputs, another Plan or another version."""
+    """OUT.journal/ (or a checkpoint) belongs to other inputs, another Plan, recipe or version."""
+
+
+class Diverged(BayouError):
+    """A training whose loss stopped being a number, again and again with smaller steps."""
 
 
 def disk_error(error: OSError, path: Path) -> BayouError:

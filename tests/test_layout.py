@@ -29,10 +29,12 @@ ORDER = (
         "methods",
         "plan",
         "allocate",
+        "sharing",
     ),
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
-    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
-    *("sharing", "layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
+    *("calibrate", "lora", "student", "objective", "train", "tune", "baselines"),
+    *("attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 

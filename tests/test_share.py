@@ -211,7 +211,6 @@ def test_options_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
         ({"anchor_bits": 9}, "--anchor-bits 9"),
         ({"quantise": "all"}, "needs --anchor-bits"),
         ({"delta_method": "magic"}, "no method 'magic'"),
-        ({"speed": 3}, "no option 'speed'"),
     ]
     for options, message in refused:
         with pytest.raises(BadInput, match=message):
@@ -233,7 +232,7 @@ def test_the_command_prints_what_is_in_the_file(
 ) -> None:
     words = ["share", str(model), "-o", str(tmp_path / "a.bayou"), "--blocks", "3", "--rank", "4", "--bits", "8"]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--tokens", "512", "--length", "64", "--json"])
+        main([*words, "--calibration-tokens", "512", "--length", "64", "--json"])
     assert stop.value.code == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
