@@ -8,7 +8,6 @@
 Methods other than `deltallm` are those of bayou.baselines.
 """
 
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,12 +285,6 @@ def _rival(
         raise BadInput(f"method {method} measures the model on text, and --calibration none gives none")
     reduce = 0.12 if dial.reduce is None else dial.reduce
     made = baselines.share(method, original.folder, reduce=reduce, windows=windows, device=device)
-    words = {original.checkpoint.dtype(name) for name in original.places}
-    if len(words) == 1:
-        made.model.to(words.pop())
-    with tempfile.TemporaryDirectory(dir=Path(out).parent, prefix=".bayou-") as work:
-        folder = made.save(Path(work) / "model", original.folder)
-        dropped = tuple(made.zeroed)
-        report = write(folder, Shared((), dropped), out, device=device, progress=progress)
-    smaller = original.checkpoint.nbytes / report.bytes
-    return replace(report, method=method, ratio=smaller, original=original.parameters, tables=original.tables)
+    shared, tensors = made.shared(original.folder)
+    report = write(original, shared, out, tensors=tensors, progress=progress)
+    return replace(report, method=method)

@@ -1,7 +1,8 @@
 """The runs of bench/sharing.py: what each set holds, and the student that a run trains.
 
-A run is a dict: name; method (deltallm, one of bayou.baselines.METHODS, plan: a Shared from a file, or base);
-reduce, the share of parameters to remove; tokens and rate (peak learning rate) of the training, 0 tokens for none; and
+A run is a dict: name; method (deltallm; search: bayou.search's plan; plan: a Shared from a file; base; or one of
+bayou.baselines.METHODS); reduce, the share of parameters to remove; tokens and rate (peak learning rate) of the
+training, 0 tokens for none; and options:
     init (zero, svd, whitened, whitened+gain, als, no-base), layout, kinds, blocks, rank, count
     pmr (bernoulli, blend or None), lora (rank of LoRA on the rest; 0 none), seed (of draws and random factors)
 """
@@ -19,9 +20,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import baselines
+from bayou import baselines, layouts, search, ties
 from bayou.baselines.baseline import count
 from bayou.checkpoint import atomic
+from bayou.original import Original
 from bayou.sharing import Shared, Tie
 from bayou.student import Replacement, apply, twin
 from bayou.train import Pupil
@@ -31,10 +33,11 @@ SIZES = {"12": 0.12, "24": 0.24}
 RIVALS: dict[str, Run] = {
     "deltallm": {"method": "deltallm", "init": "whitened+gain", "pmr": "bernoulli"},
     "deltallm without PMR": {"method": "deltallm", "init": "whitened+gain", "pmr": None},
+    "searched plan": {"method": "search", "kinds": "all", "pmr": "bernoulli"},
     "no-base control": {"method": "deltallm", "init": "no-base", "pmr": "bernoulli"},
     **{name: {"method": name} for name in baselines.METHODS},
 }
-RATES = {"deltallm": (3e-4, 1e-3, 3e-3), "lastlayers": (3e-5, 1e-4, 3e-4), "other": (3e-4, 1e-3, 3e-3)}
+RATES = {"lastlayers": (3e-5, 1e-4, 3e-4), "other": (3e-4, 1e-3, 3e-3)}
 BLOCKS = (8, 12, 16, 20, 24)  # of deltallm.md 8(b)
 
 
@@ -174,7 +177,8 @@ class Maker:
         self.total = count(teacher)
         self._grams: dict[str, Any] = {}
         self._rivals: dict[tuple[str, float], baselines.Baseline] = {}
-        self._original: Any = None
+        self._original: Original | None = None
+        self._plans: dict[float, Shared] = {}
 
     def subject(self, run: Run) -> Subject:
         """The student of a run, ready to be trained."""
@@ -187,6 +191,8 @@ class Maker:
             shared = Shared((), tuple(f"model.layers.{block}.mlp" for block in run["blocks"]))
         elif run["method"] == "plan":
             shared = load_shared(Path(run["file"]))
+        elif run["method"] == "search":
+            shared = self._searched(run)
         else:
             shared, anchors = self._closed_form(run)
         return self._student(run, shared, anchors)
@@ -240,12 +246,7 @@ class Maker:
 
     def _closed_form(self, run: Run) -> tuple[Shared, dict[str, Tensor]]:
         """The ties of a layout and an initialisation, and learned anchors (als) by name."""
-        from bayou import layouts, ties
-        from bayou.original import Original
-
-        if self._original is None:
-            self._original = Original(self.folder, device=self.device)
-        original = self._original
+        original = self.original
         dial = layouts.Dial(
             layout=run.get("layout", "alternating"),
             kinds=run.get("kinds", "mlp"),
@@ -273,16 +274,33 @@ class Maker:
                 key = id(grams[name])
                 metrics[name] = known[key] = known.get(key) or ties.Metric(grams[name])
         for anchor, tied in groups.items():
-            base = original.matrix(anchor)
             if init == "als":
                 matrices = {name: original.matrix(name) for name in (anchor, *tied)}
-                base = anchors[anchor] = ties.learn(anchor, matrices, metrics, rank)[0]
+                learned = ties.learn(anchor, matrices, metrics, rank, dtype=original.checkpoint.dtype(anchor))
+                anchors[anchor] = learned.base
+                made += learned.ties
+                continue
             for name in tied:
                 metric = metrics.get(name) or ties.Metric(None)
+                reference = (anchor, original.matrix(anchor))
                 made.append(
-                    ties.fit(name, original.matrix(name), (anchor, base), metric, rank, init, seed=run.get("seed", 0))
+                    ties.fit(name, original.matrix(name), reference, metric, rank, init, seed=run.get("seed", 0))
                 )
         return Shared(tuple(made)), anchors
+
+    @property
+    def original(self) -> Original:
+        """The base as the closed forms read it."""
+        if self._original is None:
+            self._original = Original(self.folder, device=self.device)
+        return self._original
+
+    def _searched(self, run: Run) -> Shared:
+        """The plan that bayou.search finds for a reduction; once a process."""
+        if run["reduce"] not in self._plans:
+            dial = layouts.Dial(kinds=run["kinds"], reduce=run["reduce"])
+            self._plans[run["reduce"]] = search.search(self.original, dial, self.windows, lambda *_: None)
+        return self._plans[run["reduce"]]
 
     def _measured(self, original: Any) -> dict[str, Any]:
         """Second moments of every linear's input, from one walk."""

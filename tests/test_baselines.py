@@ -12,10 +12,12 @@ from pico import pico
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bayou import baselines, objective
+import bayou
+from bayou import baselines, objective, sharedfile
 from bayou.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
 from bayou.baselines.baseline import Baseline, count, load, nearest
 from bayou.errors import BadInput, Unsupported
+from bayou.student import apply
 from bayou.train import Pupil, Recipe, fit
 
 WINDOWS = torch.randint(5, 100, (12, 32), generator=torch.Generator().manual_seed(0))
@@ -220,6 +222,33 @@ def test_recovery_training_helps_and_adds_no_parameters(folders: dict[str, Path]
     assert torch.equal(logits(teacher), logits(load(folder)))
     if not found.own:
         assert torch.allclose(logits(saved(found, tmp_path / "out", folder)), logits(model), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "laco", "laco-code", "jointdrop", "lastlayers"])
+@pytest.mark.parametrize("name", ["llama_tied", "phi3"])
+def test_a_rival_can_be_told_as_what_is_dropped_and_what_is_changed(
+    folders: dict[str, Path], tmp_path: Path, method: str, name: str
+) -> None:
+    folder = folders[name]
+    found = baselines.share(method, folder, reduce=0.25, windows=WINDOWS)
+    assert bool(found.shared(folder)[1]) == (method == "laco")  # the others leave what they keep as it is
+    with torch.no_grad():
+        for parameter in found.trainable(rank=2):
+            parameter.add_(0.01)
+    found.finish()
+    shared, tensors = found.shared(folder)
+    model = load(folder)
+    with torch.no_grad():
+        for disk, tensor in tensors.items():
+            model.get_parameter(disk).copy_(tensor)
+    apply(model, shared).finish()  # a dropped block adds nothing: it is no block
+    assert shared.dropped and torch.allclose(logits(model), logits(found.model), atol=1e-4)
+    report = sharedfile.write(folder, shared, tmp_path / "small.bayou", tensors=tensors, method=method)
+    assert report.parameters == found.parameters + 64 * len(found.zeroed)  # a file keeps the norms of what is dropped
+    assert torch.allclose(logits(bayou.load(None, tmp_path / "small.bayou")), logits(found.model), atol=1e-4)
+    sliced = replace(found, own=True)
+    with pytest.raises(Unsupported, match="no model of shared layers"):
+        sliced.shared(folder)
 
 
 def test_the_nearest_number_of_pieces() -> None:

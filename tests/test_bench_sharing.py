@@ -102,14 +102,14 @@ def test_from_text_to_table(
     assert "winogrande nll: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_deltas_are_trained_scored_and_kept(
     bench: ModuleType, ground: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("bayou.layouts")
     runs = bench.sharing_runs
     where = ["--base", ground / "base", "--testbed", ground / "testbed.py"]
     call(bench, monkeypatch, "tokenise", *where, "--out", ground / "tokens.npy")
-    monkeypatch.setattr(runs, "RIVALS", {k: v for k, v in runs.RIVALS.items() if v["method"] == "deltallm"})
+    monkeypatch.setattr(runs, "RIVALS", {k: v for k, v in runs.RIVALS.items() if v["method"] in ("deltallm", "search")})
     monkeypatch.setattr(runs, "BLOCKS", (3, 5))
     monkeypatch.setattr(runs, "SIZES", {"12": 0.05})
     original = runs.runs
@@ -121,13 +121,14 @@ def test_deltas_are_trained_scored_and_kept(
 
     monkeypatch.setattr(runs, "runs", smaller)
     words = [*common(ground, tmp_path), "--together", 3, "--score-seconds", 0]
-    assert call(bench, monkeypatch, "run", *words, "--set", "untrained", "main12", "ablation", "pmr") == 0
+    assert call(bench, monkeypatch, "run", *words, "--set", "untrained", "main12", "ablation") == 0
+    assert call(bench, monkeypatch, "run", *words, "--set", "pmr", "--only", "seed 0") == 0
     untrained = {r["name"]: r for r in bench.lines(tmp_path / "sharing-untrained.jsonl")}
     assert len(untrained) == 8 and untrained["untouched"]["reduction"] == 0
     assert untrained["dropped"]["parameters"] == untrained["tied, no delta"]["parameters"]
-    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 3
+    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 4
     assert len(bench.lines(tmp_path / "sharing-ablation.jsonl")) == 12
-    assert len(bench.lines(tmp_path / "sharing-pmr.jsonl")) == 9
+    assert len(bench.lines(tmp_path / "sharing-pmr.jsonl")) == 3
     (kept,) = (tmp_path / "work").glob("main12-deltallm.shared")
     shared = runs.load_shared(kept)
     assert shared.ties and all(tie.u.abs().sum() > 0 and tie.reference for tie in shared.ties)

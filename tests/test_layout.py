@@ -32,8 +32,8 @@ ORDER = (
         "sharing",
     ),
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
-    *("calibrate", "lora", "student", "objective", "train", "tune", "baselines"),
-    *("attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("lora", "student", "objective", "train", "tune", "baselines"),
     *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them

@@ -291,7 +291,7 @@ def test_rivals_are_files_of_the_same_kind(method: str, model: Path, tmp_path: P
 
 
 def test_what_has_no_plain_form_or_no_text_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="no plain Hugging Face form"):
+    with pytest.raises(Unsupported, match="no model of shared layers"):
         share_function(model, tmp_path / "a.bayou", method="slicegpt", **FEW)
     with pytest.raises(BadInput, match="measures the model on text"):
         share_function(model, tmp_path / "a.bayou", method="shortgpt", calibration="none")

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from bayou import lora, sidecar, skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, Unsupported, disk_error
+from bayou.sharing import Shared
 from bayou.student import twin
 
 LORA_RANK, LORA_ALPHA = 32, 10.0
@@ -32,7 +33,8 @@ class Baseline:
 
     before, removed: parameters of the original, and how many of them are gone (added ones subtracted). description:
     what was chosen, for a report. tuned: modules trained whole in recovery (empty: LoRA). zeroed: path -> the sub-layer
-    that stood there; a plain folder needs one, so it is written with a zero output matrix. own: it has no plain form.
+    that stood there; a plain folder needs one, so it is written with a zero output matrix. origin: the original layer
+    whose place each layer has. own: it has no plain form, nor one as a Shared.
     """
 
     name: str
@@ -42,7 +44,38 @@ class Baseline:
     description: dict[str, Any]
     tuned: tuple[str, ...] = ()
     zeroed: dict[str, nn.Module] = field(default_factory=dict)
+    origin: tuple[int, ...] = ()
     own: bool = False
+
+    def shared(self, original: Path | str) -> tuple[Shared, dict[str, Tensor]]:
+        """(what is dropped, disk name -> tensor for each that is not the original's): what sharedfile.write takes.
+
+        original: the folder the baseline was made of. Removed layers are both their sub-layers; merged, tuned or
+        trained ones are tensors. Raises Unsupported for SliceGPT, and for models converted on loading.
+        """
+        if self.own:
+            raise Unsupported(f"{self.name} changes the shapes of all matrices: it is no model of shared layers")
+        checkpoint = Checkpoint(Path(original))
+        whole = skeleton.build(checkpoint.folder)
+        layers, _ = skeleton.decoder_layers(whole)
+        number = {origin: i for i, origin in enumerate(self.origin)}
+        dropped: dict[str, None] = {}
+        tensors = {}
+        for name, place in skeleton.places(whole, checkpoint.names()).items():
+            if place.index is not None or place.converted:
+                raise Unsupported(f"{name} is converted on loading; {self.name} cannot be told in the file's names")
+            path = place.path
+            if path.startswith(layers + "."):
+                block, child, *leaf = path[len(layers) + 1 :].split(".")
+                if int(block) not in number or f"{layers}.{block}.{child}" in self.zeroed:
+                    if place.role == "linear":
+                        dropped[name.removesuffix("." + ".".join(leaf))] = None
+                    continue
+                path = ".".join([layers, str(number[int(block)]), child, *leaf])
+            stored, now = checkpoint.read(name), self.model.get_parameter(path).detach().cpu()
+            if not torch.equal(now, stored.to(now.dtype)):
+                tensors[name] = now.to(stored.dtype)
+        return Shared((), tuple(dropped)), tensors
 
     @property
     def parameters(self) -> int:

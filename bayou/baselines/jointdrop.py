@@ -98,4 +98,4 @@ def share(
         "dropped_mlps": [i for i, kind in gone if kind == "mlp"],
         "similarity": {f"{i}.{kind}": round(cosines[i, kind], 6) for i, kind in sorted(cosines)},
     }
-    return Baseline("jointdrop", model, before, removed, described, zeroed=zeroed)
+    return Baseline("jointdrop", model, before, removed, described, zeroed=zeroed, origin=tuple(range(len(layers))))

@@ -106,7 +106,8 @@ def share(
         "threshold": threshold,
         "similarity": round(similarity, 6),
     }
-    return Baseline(name, model, before, before - count(model), described)
+    origin = tuple(run.last if code else run.first for run in runs)
+    return Baseline(name, model, before, before - count(model), described, origin=origin)
 
 
 def _merge_all(

@@ -38,4 +38,5 @@ def share(
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
     tuned = tuple(f"{path}.{i}" for i in range(max(0, left - TUNED), left))
     described = {"removed_layers": list(range(left, left + number)), "tuned": [head, *tuned]}
-    return Baseline("lastlayers", model, before, before - count(model), described, tuned=(head, *tuned))
+    removed = before - count(model)
+    return Baseline("lastlayers", model, before, removed, described, tuned=(head, *tuned), origin=tuple(range(left)))

@@ -59,4 +59,4 @@ def share(
     kept = [i for i in range(len(layers)) if i not in gone]
     keep_layers(model, [layers[i] for i in kept], kept)
     described = {"removed_layers": gone, "block_influence": [round(value, 6) for value in influence]}
-    return Baseline("shortgpt", model, before, before - count(model), described)
+    return Baseline("shortgpt", model, before, before - count(model), described, origin=tuple(kept))
