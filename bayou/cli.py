@@ -151,19 +151,31 @@ def share(
     anchor_bits: Annotated[int | None, typer.Option(help="Store anchors in 1 to 8 bits (GPTQ).")] = None,
     quantise: Annotated[str, typer.Option(help="What --anchor-bits is for: anchors, linears or all.")] = "anchors",
     calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
+    train: Annotated[str | None, typer.Option(help="Train the deltas on this text or .jsonl file.")] = None,
+    tokens: Annotated[str, typer.Option(help="--train: tokens, e.g. 15M.")] = "15M",
+    rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
+    alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
+    pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
+    lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Order of the calibration documents, and of --init zero.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
     revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a model whose layers share other layers' matrices, as one small file that needs no base."""
     from bayou.layouts import Dial, reduction
+    from bayou.restore import parse_size
+    from bayou.share import Training
     from bayou.share import share as run
 
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
+    training = None
+    if train is not None:
+        amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
+        training = Training(train, amount, rate, alpha, progressive=pmr, lora=lora)
     with _Bars() as bars:
         report = run(
             model,
@@ -177,11 +189,12 @@ def share(
             anchor_bits=anchor_bits,
             quantise=quantise,
             calibration=calibration,
-            tokens=tokens,
+            tokens=calibration_tokens,
             length=length,
             seed=seed,
             device=device,
             revision=revision,
+            training=training,
             progress=bars.show,
         )
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the model, in {report.seconds:.1f} s")

@@ -2,25 +2,22 @@
 
     which blocks, what rank      layouts.arrange, or search.search by measured loss
     the ties, in closed form     ties.fit, ties.learn
-    training, if asked for       train (of what `draw_up` returns)
+    training, if asked for       student.apply, train.fit
     the file                     sharedfile.write
 
-Methods other than `deltallm` are modules of bayou.baselines, by the name of their file.
+Methods other than `deltallm` are those of bayou.baselines.
 """
 
-import inspect
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from pkgutil import iter_modules
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bayou import layouts, preflight, search, ties
+from bayou import baselines, layouts, preflight, search, skeleton, student, ties
+from bayou import train as trainer
 from bayou.errors import BadInput
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
@@ -29,8 +26,6 @@ from bayou.sharing import Shared, Tie
 from bayou.ties import Metric
 
 OWN = "deltallm"
-LISTED = ("shortgpt", "laco", "laco-code", "slicegpt", "jointdrop", "lastlayers")
-"""Rivals, by the word of the command; "laco-code" is the module laco_code, and so on."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +113,70 @@ def draw_up(
     return Draft(original, Shared(tuple(made)), tensors, windows)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How a shared model is trained after its original (bayou.train); --train of the command.
+
+    text: a text or .jsonl file. tokens: to train on; the text is taken again where it runs out. rate: peak of AdamW.
+    alpha: share of KL(model || student) in the loss, the rest is cross-entropy. progressive: Progressive Module
+    Replacement, else the deltas run from the start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none.
+    """
+
+    text: str | Path
+    tokens: int = 15_000_000
+    rate: float = 1e-3
+    alpha: float = 0.5
+    batch: int = 32
+    length: int = 512
+    progressive: bool = True
+    blend: bool = False
+    gain: bool = True
+    lora: int = 0
+
+
+def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:
+    """The draft after training: its factors and gains, and, with LoRA on the rest, the tensors that it changed.
+
+    checkpoint: where the run is kept, and goes on from. On the CPU in fp32. Raises BadInput, Diverged.
+    """
+    original = draft.original
+    model = skeleton.build(original.folder)
+    skeleton.fill(model, "", original.places, original.checkpoint.read, device=original.device)
+    teacher = student.twin(model)
+    with torch.no_grad():
+        for name, value in draft.tensors.items():  # learned anchors: the student's alone
+            path = original.places[name].path
+            parent, _, leaf = path.rpartition(".")
+            own = model.get_parameter(path)
+            setattr(model.get_submodule(parent), leaf, torch.nn.Parameter(value.to(own.device, own.dtype), False))
+    schedule = student.Replacement(blend=training.blend, seed=seed) if training.progressive else None
+    learner = student.apply(
+        model, draft.shared, replacement=schedule, train_gain=training.gain, lora_rank=training.lora, seed=seed
+    )
+    windows = original.windows(training.text, training.tokens, training.length, seed)
+    if windows is None:
+        raise BadInput("--train none: a text to train on is needed")
+    batch = max(1, min(training.batch, len(windows)))
+    recipe = trainer.Recipe(alpha=training.alpha, batch=batch, seed=seed)
+    pupil = trainer.Pupil("deltallm", model, tuple(learner.parameters()), training.rate, learner.advance)
+    trainer.fit(
+        [pupil],
+        teacher,
+        windows,
+        recipe,
+        tokens=training.tokens,
+        checkpoint=checkpoint,
+        progress=lambda at: progress("train", at.step, at.steps),
+    )
+    learner.finish()
+    by_path = {place.path: name for name, place in original.places.items()}
+    changed = {by_path[path]: value.cpu() for path, value in learner.dense().items()}
+    return replace(draft, shared=Shared(learner.factors(), draft.shared.dropped), tensors=draft.tensors | changed)
+
+
 def methods() -> list[str]:
-    """The words of --method: our own, and the modules of bayou.baselines that have a function `share`."""
-    found = [OWN]
-    if find_spec("bayou.baselines") is not None:
-        package = import_module("bayou.baselines")
-        names = {module.name.replace("_", "-") for module in iter_modules(package.__path__)}
-        found += [name for name in LISTED if name in names]
-    return found
+    """The words of --method: our own, and the rivals of bayou.baselines."""
+    return [OWN, *baselines.METHODS]
 
 
 def share(
@@ -146,45 +197,32 @@ def share(
     seed: int = 0,
     device: str = "cpu",
     revision: str | None = None,
+    training: Training | None = None,
     progress: Progress | None = None,
-    **options: Any,
 ) -> Report:
     """Write a model as a self-contained file in which layers share other layers' matrices.
 
     Args:
-        method: "deltallm", or a rival (see `methods`), to which `options` go besides what it has in common with this.
-        dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`.
+        method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone.
+        dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see `train`; it
+            goes on from OUT.train where a run was stopped.
 
     With `anchor_bits` the ties are fitted to their anchors as they are once quantised. Raises BadInput, Unsupported,
     and BayouError for a full disk; nothing is left at `out` then, or the old file is untouched.
     """
-    if method != OWN:
-        common: dict[str, Any] = {
-            "dial": dial,
-            "calibration": calibration,
-            "tokens": tokens,
-            "length": length,
-            "seed": seed,
-        }
-        common |= {"device": device, "revision": revision, "progress": progress}
-        return _rival(method, model, out, common, options)
-    if options:
-        raise BadInput(f"method {OWN} has no option {next(iter(options))!r}")
     preflight.check_output(Path(out), Path(model))  # before the work
     started = time.perf_counter()
-    draft = draw_up(
-        model,
-        dial=dial,
-        initialisation=initialisation,
-        plan=plan,
-        calibration=calibration,
-        tokens=tokens,
-        length=length,
-        seed=seed,
-        device=device,
-        revision=revision,
-        progress=progress,
-    )
+    text: dict[str, Any] = {"calibration": calibration, "tokens": tokens, "length": length, "seed": seed}
+    text |= {"device": device, "revision": revision, "progress": progress}
+    if method != OWN:
+        if training is not None:
+            raise BadInput(f"--train is for {OWN}; rivals' recovery training is bench/sharing.py's")
+        report = _rival(method, model, out, dial=dial or Dial(), **text)
+        return replace(report, seconds=time.perf_counter() - started)
+    draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
+    if training is not None:
+        checkpoint = Path(out).with_name(Path(out).name + ".train")
+        draft = train(draft, training, checkpoint, progress or (lambda *_: None), seed=seed)
     drawn = time.perf_counter() - started
     report = write(
         draft.original,
@@ -195,11 +233,12 @@ def share(
         delta_options=delta_options,
         anchor_bits=anchor_bits,
         quantise=quantise,
-        refit=initialisation != "zero",
+        refit=training is None and initialisation != "zero",
         windows=draft.windows,
-        method=method,
         progress=progress,
     )
+    if training is not None:
+        checkpoint.unlink(missing_ok=True)
     return replace(report, seconds=time.perf_counter() - started, steps={"draw up": drawn} | report.steps)
 
 
@@ -224,15 +263,28 @@ def dense(
 
 
 def _rival(
-    method: str, model: str | Path, out: str | Path, common: Mapping[str, Any], options: Mapping[str, Any]
+    method: str,
+    model: str | Path,
+    out: str | Path,
+    *,
+    dial: Dial,
+    calibration: str | Path | None,
+    tokens: int | None,
+    length: int,
+    seed: int,
+    device: str,
+    revision: str | None,
+    progress: Progress | None,
 ) -> Report:
-    """A rival's own `share(model, out, ...)`, given those of the common arguments that it takes."""
+    """A rival's model, of as many parameters fewer as the dial says, as a self-contained file."""
     if method not in methods():
         raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
-    run = import_module(f"bayou.baselines.{method.replace('-', '_')}").share
-    known = inspect.signature(run).parameters
-    for name in options:
-        if name not in known:
-            raise BadInput(f"method {method} has no option {name!r}; it has {', '.join(known)}")
-    report: Report = run(model, out, **{k: v for k, v in common.items() if k in known}, **options)
-    return report
+    original = Original(model, revision=revision, device=device)
+    windows = original.windows(calibration, tokens, length, seed)
+    if windows is None:
+        raise BadInput(f"method {method} measures the model on text, and --calibration none gives none")
+    reduce = 0.12 if dial.reduce is None else dial.reduce
+    made = baselines.share(method, original.folder, reduce=reduce, windows=windows, device=device)
+    shared, tensors = made.shared(original.folder)
+    report = write(original, shared, out, tensors=tensors, progress=progress)
+    return replace(report, method=method)

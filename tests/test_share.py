@@ -22,7 +22,7 @@ from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original
-from bayou.share import dense, draw_up, methods
+from bayou.share import Training, dense, draw_up, methods
 from bayou.sharedfile import write
 from bayou.sharing import Shared, Tie
 from bayou.ties import INITIALISATIONS
@@ -211,7 +211,6 @@ def test_options_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
         ({"anchor_bits": 9}, "--anchor-bits 9"),
         ({"quantise": "all"}, "needs --anchor-bits"),
         ({"delta_method": "magic"}, "no method 'magic'"),
-        ({"speed": 3}, "no option 'speed'"),
     ]
     for options, message in refused:
         with pytest.raises(BadInput, match=message):
@@ -233,7 +232,7 @@ def test_the_command_prints_what_is_in_the_file(
 ) -> None:
     words = ["share", str(model), "-o", str(tmp_path / "a.bayou"), "--blocks", "3", "--rank", "4", "--bits", "8"]
     with pytest.raises(SystemExit) as stop:
-        main([*words, "--tokens", "512", "--length", "64", "--json"])
+        main([*words, "--calibration-tokens", "512", "--length", "64", "--json"])
     assert stop.value.code == 0
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
@@ -247,3 +246,55 @@ def test_the_command_prints_what_is_in_the_file(
     with pytest.raises(SystemExit):
         main(["inspect", str(tmp_path / "a.bayou")])
     assert "base: none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_changes_factors_and_gains_alone(name: str, models: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    training = Training(tmp_path / "a.txt", tokens=20 * 4 * 32, batch=4, length=32, rate=5e-3)
+    dial = Dial(count=1, rank=6)
+    plain = share_function(models[name], tmp_path / "a.bayou", dial=dial, **FEW)
+    made = share_function(models[name], tmp_path / "b.bayou", dial=dial, training=training, **FEW)
+    assert made.parameters == plain.parameters and sorted(p.name for p in tmp_path.iterdir()) == [
+        "a.bayou",
+        "a.txt",
+        "b.bayou",
+    ]
+    tensors = agree(models[name], tmp_path / "b.bayou", tmp_path / "out")
+    before, after = DeltaFile(tmp_path / "a.bayou"), DeltaFile(tmp_path / "b.bayou")
+    assert all(torch.equal(after.read_exact(name), before.read_exact(name)) for name in before.exact)
+    assert all(bytes(after.read_raw(name)) != bytes(before.read_raw(name)) for name in before.sites)
+    assert all(after.sites[name].gain != before.sites[name].gain for name in before.sites)
+    own = load_file(models[name] / "model.safetensors")
+    assert all(torch.equal(tensors[n], own[n]) for n in own if n not in before.sites)
+
+
+def test_lora_on_the_rest_is_merged_into_the_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    training = Training(tmp_path / "a.txt", tokens=512, batch=4, length=32, rate=5e-3, lora=2, progressive=False)
+    share_function(model, tmp_path / "b.bayou", dial=Dial(count=1, rank=6), training=training, **FEW)
+    tensors = agree(model, tmp_path / "b.bayou", tmp_path / "out")
+    own = load_file(model / "model.safetensors")
+    assert not torch.equal(
+        tensors["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"]
+    )
+    assert torch.equal(tensors["model.embed_tokens.weight"], own["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("method", [m for m in methods() if m not in ("deltallm", "slicegpt")])
+def test_rivals_are_files_of_the_same_kind(method: str, model: Path, tmp_path: Path) -> None:
+    made = share_function(model, tmp_path / "a.bayou", method=method, dial=Dial(reduce=0.2), **FEW)
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    assert made.method == method and 0.05 < made.removed < 0.35
+    assert made.parameters == report.inspect(tmp_path / "a.bayou")["parameters"] and made.ratio > 1
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".bayou")] == []
+
+
+def test_what_has_no_plain_form_or_no_text_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(Unsupported, match="no model of shared layers"):
+        share_function(model, tmp_path / "a.bayou", method="slicegpt", **FEW)
+    with pytest.raises(BadInput, match="measures the model on text"):
+        share_function(model, tmp_path / "a.bayou", method="shortgpt", calibration="none")
+    with pytest.raises(BadInput, match="--train is for deltallm"):
+        share_function(model, tmp_path / "a.bayou", method="shortgpt", training=Training("x"), **FEW)
+    assert list(tmp_path.iterdir()) == []
