@@ -37,7 +37,7 @@ FIT: Option = {"refit": True}
 def variants() -> list[Option]:
     """Each variant is what it changes from the published method."""
     found: list[Option] = [{"name": "published"}, {"name": "svd, nothing rounded", "exact": True}]
-    for strength in ("matrix", "rows"):
+    for strength in ("matrix", "rows", "rows squared", "rows, matrix"):
         found.append({"name": f"svd, {strength} strength", "exact": True, "strength": strength})
         found.append({"name": f"published, {strength} strength", "strength": strength})
         for ridge in (0.1, 0.3, 1.0, 3.0):
@@ -229,9 +229,9 @@ def _strength(option: Option, delta: Tensor, acted: Tensor, coded: Tensor) -> Te
     if not strength:
         return 1.0
     own, kept = (acted * delta).sum(-1, keepdim=True), (acted * coded).sum(-1, keepdim=True)
-    if strength == "matrix":
-        own, kept = own.sum(-2, keepdim=True), kept.sum(-2, keepdim=True)
-    return (own / kept).clamp(0.67, 1.5)
+    whole = own.sum(-2, keepdim=True) / kept.sum(-2, keepdim=True)
+    rows = (own / kept).clamp(0.67, 1.5)
+    return {"matrix": whole, "rows": rows, "rows squared": rows**2, "rows, matrix": rows * whole}[strength]
 
 
 class Bench:

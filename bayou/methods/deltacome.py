@@ -11,7 +11,7 @@ with groups of 128, asymmetric ranges, act-order and damping .01. The published 
 `refit` (not in the paper) costs no bytes:
 
     rows    each row of U is scaled (its scales are) so that the coded row q of the delta has the strength of the true
-            one, d, and a little more: <q, d X X^T> = strength <d, d X X^T>. The default: it makes up for what is cut
+            one, d: by the quotient (<d, d X X^T> / <q, d X X^T>) to the power `strength`. The default
     full    before that, U is replaced by the least squares fit of the delta to the rounded V (PrinMix's idea, arXiv
             2506.11087), min ||(delta - U Vq) X||^2 + ridge ||(U - s U) diag(H)^(1/2)||^2 with H = Vq X X^T Vq^T, and
             all bands are rounded together, so that a later band also mends the earlier ones' errors
@@ -89,7 +89,7 @@ def layout(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
-    strength: float = 1.02,
+    strength: float = 2.0,
 ) -> tuple[TermLayout, ...]:
     """One LowRank whose blocks end at the bands' edges. Raises BadInput for a negative (or NaN) damping or ridge."""
     for name, value in (("damping", damping), ("ridge", ridge), ("strength", strength)):
@@ -111,14 +111,15 @@ def encode(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
-    strength: float = 1.02,
+    strength: float = 2.0,
 ) -> tuple[Term, ...]:
     """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
 
     bands: see `parse_bands`. group: columns of V (and ranks of U) that share a scale. damping, act_order: GPTQ's.
     refit: rows, full or none (see above; LOG.md has what each is worth). ridge: of "full": without that pull towards
     the plain U the fit serves the calibration's text and shrinks the delta elsewhere. Without a gram, rounding is to
-    nearest and strength is that of the weights. strength: 1.02 since what is cut in one layer is missed in the next.
+    nearest and the strength is that of the weights. strength: with 1 a row has its own; with 2 as much more as it had
+    lost, since the next layers miss what this one lost.
     """
     u, s, v = svd(site.delta, rank)
     blocks = list(_blocks(bands, len(s)))
@@ -183,13 +184,14 @@ def _refit(
 
 
 def _factors(site: Site, u_hat: Tensor, v_hat: Tensor, strength: float) -> Tensor:
-    """(out, 1): what to multiply each coded row by for `strength` times the true one's strength.
+    """(out, 1): what to multiply each coded row by, (<d, d H> / <q, d H>) ** strength.
 
     Cutting ranks and least squares both shrink a delta towards the base, in all rows and layers alike, and such errors
-    add up where those of rounding average out. A row that lost more than half is left alone: it is mostly noise.
+    add up where those of rounding average out. The factor stays within 2/3 and 3/2: what lies beyond is noise.
     """
     wanted, kept = agreement(site, u_hat, v_hat)
-    return torch.where((kept > 0.5 * wanted) & (wanted > 0), strength * wanted / kept, 1.0).float()
+    factor = torch.where((kept > 0) & (wanted > 0), wanted / kept, 1.0) ** strength
+    return factor.clamp(2 / 3, 3 / 2).float()
 
 
 def _grid(part: Tensor, spec: Spec) -> tuple[Tensor, Tensor] | None:
