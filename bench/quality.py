@@ -39,7 +39,19 @@ LINEAR_BYTES = 212_336_640  # the 210 matrices in bf16
 EXACT_BYTES = 56_623_104 + 70_272 + 47_300  # embedding, norms, header and digests with the Plan
 LINEARS_ONLY = {"keep": ("embeddings", "norms"), "budget": int(LINEAR_BYTES / 14.9) + EXACT_BYTES}
 
+TASK_TEXT = {"strength": 2.0}  # for calibration on the task's own rows
+
 Run = dict[str, Any]
+
+
+def machine(device: str) -> dict[str, str]:
+    """What a result was measured on."""
+    return {
+        "device": torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or "cpu",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "bayou": bayou.__version__,
+    }
 
 
 def both(name: str, **options: Any) -> Iterator[Run]:
@@ -62,12 +74,6 @@ def runs(which: str) -> list[Run]:
         for rate in (0.001, 0.003, 0.01, 0.03):
             found += both(f"bitdelta lr {rate}", method="bitdelta", ratio=16, learning_rate=rate)
         found += both("bitdelta undistilled", method="bitdelta", ratio=16, distill_steps=0)
-    if which == "tune-refit":
-        for ridge in (0.0, 0.01, 0.1, 0.5):
-            found += both(f"refit, ridge {ridge}", options={"ridge": ridge}, **LINEARS_ONLY)
-        found += both("no refit", options={"refit": "none"}, **LINEARS_ONLY)
-        found += both("refit, ridge 0.1, compressed activations", activations="compressed", **LINEARS_ONLY)
-        found += both("no refit, compressed", options={"refit": "none"}, activations="compressed", **LINEARS_ONLY)
     if which == "sixteen":
         found += both("lowrank", method="lowrank", ratio=16)
         found += both("bitdelta", method="bitdelta", ratio=16)
@@ -75,27 +81,32 @@ def runs(which: str) -> list[Run]:
         # As published: distilled on general text (C4 there), not on the task's own.
         found += both("bitdelta, wikitext", method="bitdelta", ratio=16, text="wikitext")
         found += both("deltacome", ratio=16)
-        found += both("deltacome, distilled", ratio=16, distill_steps=200)
+        found += both("deltacome, strength 2", ratio=16, options=TASK_TEXT)
+        found += both("deltacome, strength 2, distilled", ratio=16, options=TASK_TEXT, distill_steps=200)
         found += both("deltacome as published", ratio=16, options={"refit": "none"})
         found += both("lora", lora=269_060_552 // 16)
     if which == "linears":
         published = {"refit": "none"}
-        for name, options in (("published", published), ("rows refit", {}), ("full refit", {"refit": "full"})):
+        ways = {"published": published, "rows refit, strength 2": TASK_TEXT}
+        for name, options in (ways | {"full refit, strength 2": TASK_TEXT | {"refit": "full"}}).items():
             for text in ("task", "wikitext", "python"):
-                if text == "task" or name != "full refit":
+                if text == "task" or "full" not in name:
                     found += both(f"{name}, finetuned activations, {text}", options=options, text=text, **LINEARS_ONLY)
             compressed = LINEARS_ONLY | {"activations": "compressed"}
             found += both(f"{name}, compressed activations, task", options=options, **compressed)
         permutation = 30 * (3 * 576 + 1536) * 2
         dynamic = LINEARS_ONLY | {"budget": LINEARS_ONLY["budget"] - permutation, "dynamic": True}
         found += both("published, dynamic groups, finetuned activations, task", options=published, **dynamic)
-        found += both("rows refit, dynamic groups, finetuned activations, task", options={}, **dynamic)
+        found += both(
+            "rows refit, strength 2, dynamic groups, finetuned activations, task", options=TASK_TEXT, **dynamic
+        )
+        found += both("rows refit, strength 1, finetuned activations, task", options={}, **LINEARS_ONLY)
     if which == "ladder":
         for bands in ("16", "8", "4", "3", "2", "8x2,4", "8x2,3", "8x2,2", "3x34,2", "8x2,3x32,2"):
             found += both(f"bands {bands}", ratio=16, options={"bands": bands, "refit": "none"})
     if which == "ratios":
         for ratio in (18, 20, 22, 26, 32):
-            found += both(f"deltacome 1/{ratio}", ratio=ratio)
+            found += both(f"deltacome, strength 2, 1/{ratio}", ratio=ratio, options=TASK_TEXT)
     if not found:
         raise SystemExit(f"no set {which!r}")
     return found
@@ -264,14 +275,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     parser.add_argument("--only", default="", help="runs whose name contains this")
     arguments = parser.parse_args()
-    machine = {
-        "device": torch.cuda.get_device_name()
-        if arguments.device.startswith("cuda")
-        else platform.processor() or "cpu",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "bayou": bayou.__version__,
-    }
     torch.multiprocessing.set_start_method("spawn")
     with ProcessPoolExecutor(arguments.workers) as pool:
         futures = {}
@@ -287,7 +290,7 @@ def main() -> None:
         for future in as_completed(futures):
             path, run = futures[future]
             try:
-                result = future.result() | {"machine": machine}
+                result = future.result() | {"machine": machine(arguments.device)}
             except Exception as error:  # one failed run must not lose the others
                 print(f"FAILED {run['name']} {run['task']}: {error!r}", flush=True)
                 continue

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import tune_refit
-from quality import load_testbed
+from quality import load_testbed, machine
 from safetensors.torch import load_file
 
 from bayou.decompose import Matrix
@@ -33,7 +33,7 @@ def main() -> None:
     arguments = parser.parse_args()
     testbed = load_testbed(Path(arguments.testbed))
     bench = tune_refit.Bench(
-        testbed, arguments.models, arguments.task, arguments.device, 1024, arguments.rows, arguments.drop
+        testbed, arguments.models, arguments.task, arguments.device, 1024, arguments.rows, arguments.drop, "task"
     )
     folders = (arguments.models / "base", arguments.models / arguments.task)
     old, new = (load_file(f / "model.safetensors")[NAME].to(arguments.device).float() for f in folders)
@@ -64,6 +64,7 @@ def main() -> None:
             "plain": kl(coded),
             "matrix strength": kl(coded * whole),
             "rows strength": kl(coded * rows),
+            "machine": machine(arguments.device),
         }
         with open(arguments.out, "a") as file:
             file.write(json.dumps(found) + "\n")

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import load_testbed, training_rows
+from quality import load_testbed, machine, training_rows
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -237,7 +237,9 @@ def _strength(option: Option, delta: Tensor, acted: Tensor, coded: Tensor) -> Te
 class Bench:
     """The two models' weights, grams, and the held rows with the fine-tune's answers."""
 
-    def __init__(self, testbed: Any, models: Path, task: str, device: str, tokens: int, rows: int, drop: float) -> None:
+    def __init__(
+        self, testbed: Any, models: Path, task: str, device: str, tokens: int, rows: int, drop: float, text: str
+    ) -> None:
         self.device = device
         tok = AutoTokenizer.from_pretrained(models / task)
         ids = lambda text: tok(text, add_special_tokens=False).input_ids  # noqa: E731
@@ -249,8 +251,11 @@ class Bench:
             kind: torch.stack([new[n].to(device).double() - self.base[n] for n in self.names[kind]]) for kind in KINDS
         }
         stream: list[int] = []
-        for q, a in training_rows(testbed, task, False):
-            stream += ids(testbed.prompt(task, q)) + ids(a + "<|im_end|>")
+        if text == "task":
+            for q, a in training_rows(testbed, task, False):
+                stream += ids(testbed.prompt(task, q)) + ids(a + "<|im_end|>")
+        else:
+            stream = ids(testbed.calibration_text()[: 6 * tokens])
         windows = torch.tensor(stream[: min(len(stream), tokens) // 512 * 512]).view(-1, 512)
         self.gram = self.grams(windows)
         held = dropped(training_rows(testbed, task, True)[:rows], drop)
@@ -336,6 +341,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=65_536)
     parser.add_argument("--rows", type=int, default=300)
     parser.add_argument("--drop", type=float, default=0.0, help="share of the held questions' words that is left out")
+    parser.add_argument("--text", choices=("task", "wikitext"), default="task", help="what calibrates")
     parser.add_argument("--only", default="")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -348,6 +354,7 @@ def main() -> None:
         arguments.tokens,
         arguments.rows,
         arguments.drop,
+        arguments.text,
     )
     print(f"ready; the fine-tune's own nll {bench.nll:.4f}, wrong tokens {bench.flip:.4f}", flush=True)
     for option in variants():
@@ -367,9 +374,14 @@ def main() -> None:
         found = {str(times): bench.kl(coded, times) for times in (1.0, 1.01, 1.02)}
         line = option | {
             "task": arguments.task,
+            "text": arguments.text,
+            "tokens": arguments.tokens,
+            "rows": arguments.rows,
+            "drop": arguments.drop,
             "kl": found,
             "activation_error": lost,
             "seconds": time.perf_counter() - started,
+            "machine": machine(arguments.device),
         }
         with open(arguments.out, "a") as file:
             file.write(json.dumps(line) + "\n")

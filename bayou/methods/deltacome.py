@@ -89,7 +89,7 @@ def layout(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
-    strength: float = 2.0,
+    strength: float = 1.0,
 ) -> tuple[TermLayout, ...]:
     """One LowRank whose blocks end at the bands' edges. Raises BadInput for a negative (or NaN) damping or ridge."""
     for name, value in (("damping", damping), ("ridge", ridge), ("strength", strength)):
@@ -111,7 +111,7 @@ def encode(
     act_order: bool = True,
     refit: str = "rows",
     ridge: float = 1.0,
-    strength: float = 2.0,
+    strength: float = 1.0,
 ) -> tuple[Term, ...]:
     """Delta-CoMe's factors of the site's delta, `rank` ranks in all.
 
@@ -119,7 +119,8 @@ def encode(
     refit: rows, full or none (see above; LOG.md has what each is worth). ridge: of "full": without that pull towards
     the plain U the fit serves the calibration's text and shrinks the delta elsewhere. Without a gram, rounding is to
     nearest and the strength is that of the weights. strength: with 1 a row has its own; with 2 as much more as it had
-    lost, since the next layers miss what this one lost.
+    lost, since the next layers miss what this one lost: better where the text that calibrates is the task's own, far
+    worse where it is not.
     """
     u, s, v = svd(site.delta, rank)
     blocks = list(_blocks(bands, len(s)))
