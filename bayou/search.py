@@ -123,7 +123,9 @@ class _Bench:
         key = name, reference
         if key not in self.fits or self.fits[key].u.shape[1] < rank:
             gram = self.grams.get(name)
-            metric = self.metrics.setdefault(id(gram), Metric(gram))
+            if id(gram) not in self.metrics:
+                self.metrics[id(gram)] = Metric(gram)
+            metric = self.metrics[id(gram)]
             matrix = self.original.matrix(name)
             base = (str(reference), matrix if reference is None else self.original.matrix(reference))
             how = "no-base" if reference is None else "whitened+gain"
