@@ -8,6 +8,8 @@
 Methods other than `deltallm` are those of bayou.baselines.
 """
 
+import hashlib
+import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,12 +35,14 @@ class Draft:
     """A shared model before it is written or trained.
 
     tensors: values of tensors that replace the model's own (learned anchors). windows: what it was calibrated on.
+    initialisation: how its ties were made.
     """
 
     original: Original
     shared: Shared
     tensors: dict[str, Tensor]
     windows: Tensor | None
+    initialisation: str
 
 
 def draw_up(
@@ -76,7 +80,7 @@ def draw_up(
         windows = original.windows(calibration, tokens, length, seed)
         if windows is None:
             raise BadInput("--plan search measures the loss on text, and --calibration none gives none")
-        return Draft(original, search.search(original, dial, windows, show), {}, windows)
+        return Draft(original, search.search(original, dial, windows, show), {}, windows, "search")
     pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
     wanted = initialisation in ties.USE_GRAM
     windows = original.windows(calibration, tokens, length, seed) if wanted else None
@@ -93,7 +97,9 @@ def draw_up(
 
     def metric(name: str) -> Metric:
         gram = grams.get(name)
-        return metrics.setdefault(id(gram), Metric(gram))
+        if id(gram) not in metrics:
+            metrics[id(gram)] = Metric(gram)  # an eigendecomposition, for all linears that are given the same input
+        return metrics[id(gram)]
 
     made: list[Tie] = []
     tensors: dict[str, Tensor] = {}
@@ -110,7 +116,7 @@ def draw_up(
                 found = (anchor, reference)
                 made.append(ties.fit(name, original.matrix(name), found, metric(name), rank, initialisation, seed=seed))
         show("groups", done + 1, len(groups))
-    return Draft(original, Shared(tuple(made)), tensors, windows)
+    return Draft(original, Shared(tuple(made)), tensors, windows, initialisation)
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,8 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
         raise BadInput("--train none: a text to train on is needed")
     batch = max(1, min(training.batch, len(windows)))
     recipe = trainer.Recipe(alpha=training.alpha, batch=batch, seed=seed)
-    pupil = trainer.Pupil("deltallm", model, tuple(learner.parameters()), training.rate, learner.advance)
+    rate, identity = training.rate, _identity(draft, training)
+    pupil = trainer.Pupil(OWN, model, tuple(learner.parameters()), rate, learner.advance, identity)
     trainer.fit(
         [pupil],
         teacher,
@@ -172,6 +179,20 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
     by_path = {place.path: name for name, place in original.places.items()}
     changed = {by_path[path]: value.cpu() for path, value in learner.dense().items()}
     return replace(draft, shared=Shared(learner.factors(), draft.shared.dropped), tensors=draft.tensors | changed)
+
+
+def _identity(draft: Draft, training: Training) -> str:
+    """A hash of the model, of what is tied in it and how, and of how it is trained.
+
+    Not of the factors' values: another number of threads, or another GPU, may have rounded them otherwise.
+    """
+    own = draft.original.checkpoint
+    model = [[name, found.hex()] for name, found in sorted(own.fingerprints(own.names()).items())]
+    ties = [[tie.tensor, tie.reference, tie.u.shape[1]] for tie in draft.shared.ties]
+    how = [draft.initialisation, training.progressive, training.blend, training.gain, training.lora]
+    text = "" if draft.windows is None else hashlib.sha256(draft.windows.numpy().tobytes()).hexdigest()
+    told = [model, ties, sorted(draft.shared.dropped), sorted(draft.tensors), text, how]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def methods() -> list[str]:

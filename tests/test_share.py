@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from bayou import share as share_function
 from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.deltafile import DeltaFile
-from bayou.errors import BadInput, Unsupported
+from bayou.errors import BadInput, JournalMismatch, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original
-from bayou.share import Training, dense, draw_up, methods
+from bayou.share import Draft, Training, dense, draw_up, methods, train
 from bayou.sharedfile import write
 from bayou.sharing import Shared, Tie
 from bayou.ties import INITIALISATIONS
@@ -279,6 +280,27 @@ def test_lora_on_the_rest_is_merged_into_the_file(model: Path, tmp_path: Path) -
         tensors["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"]
     )
     assert torch.equal(tensors["model.embed_tokens.weight"], own["model.embed_tokens.weight"])
+
+
+def test_a_stopped_training_goes_on_with_the_same_ties_only(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    training, checkpoint = Training(tmp_path / "a.txt", tokens=512, batch=4, length=32), tmp_path / "c"
+    dial = Dial(blocks=(3,), rank=4)
+
+    def trained(dial: Dial, training: Training, how: str = "zero") -> Draft:
+        draft = draw_up(model, dial=dial, initialisation=how, **FEW)
+        return train(draft, training, checkpoint, lambda *_: None)
+
+    first, again = trained(dial, training), trained(dial, training)
+    assert all(torch.equal(a.u, b.u) for a, b in zip(first.shared.ties, again.shared.ties, strict=True))
+    for other in (
+        (replace(dial, blocks=(2,)), training),
+        (dial, replace(training, progressive=False)),
+        (dial, replace(training, blend=True)),
+        (dial, training, "svd"),
+    ):
+        with pytest.raises(JournalMismatch, match="is of a training with other"):
+            trained(*other)
 
 
 @pytest.mark.parametrize("method", [m for m in methods() if m not in ("deltallm", "slicegpt")])
