@@ -134,6 +134,18 @@ def test_a_block_dropped_whole_is_no_layer(name: str, models: dict[str, Path], t
         assert config["layer_types"] == KINDS[:2] + KINDS[3:]
 
 
+def test_kinds_of_layer_that_follow_from_a_period_outlive_a_removed_block(tmp_path: Path) -> None:
+    model = pico.pico("gemma3", tmp_path / "m", num_hidden_layers=6, layer_types=KINDS)
+    config = json.loads((model / "config.json").read_text())
+    del config["layer_types"], config["_sliding_window_pattern"]
+    (model / "config.json").write_text(json.dumps(config | {"sliding_window_pattern": 2}))
+    assert transformers.AutoConfig.from_pretrained(model).layer_types == KINDS
+    gone = ("model.layers.2.mlp", "model.layers.2.self_attn")
+    write(model, Shared((), gone), tmp_path / "a.bayou")
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").layer_types == KINDS[:2] + KINDS[3:]
+
+
 @pytest.mark.parametrize("options", [{"anchor_bits": 8}, {"anchor_bits": 4, "delta_method": "deltacome"}], ids=str)
 def test_anchors_are_quantised_once_for_all_their_users(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
     dial = Dial(layout="sequential", count=2, rank=8, keep_ends=1)
