@@ -154,8 +154,9 @@ class _Writer:
                 continue
             if tie.reference in self.ties or tie.reference not in names or tie.reference in inside | self.absent:
                 raise BadInput(f"{tie.tensor} is tied to {tie.reference}, which is tied, dropped or absent itself")
-            if self.shape(tie.reference) != shape:
-                raise BadInput(f"{tie.tensor} {shape} is tied to {tie.reference} {self.shape(tie.reference)}")
+            if self.original.role(tie.reference) != "linear" or self.shape(tie.reference) != shape:
+                found = self.original.checkpoint.shape(tie.reference)
+                raise BadInput(f"{tie.tensor} {shape} is tied to {tie.reference} {found}, no linear of its shape")
         for name in self.ties.keys() & (inside | self.absent):
             raise BadInput(f"{name} is tied and dropped")
         for name, value in self.tensors.items():
@@ -298,6 +299,8 @@ class _Writer:
         self, tie: Tie, found: Mapping[str, tuple[Any, ...]], gram: Gram | None
     ) -> tuple[str | None, float, tuple[Term, ...], float]:
         anchor, shape, rank = tie.reference, self.shape(tie.tensor), tie.u.shape[1]
+        if anchor is None and not rank:  # nothing and no base: such a site would be malformed
+            return *self._nothing(tie.tensor), 1.0
         u, v = (part.to(self.original.device).float() for part in (tie.u, tie.v))
         wanted = self.original.matrix(tie.tensor)  # of the model as it was
         base = torch.zeros(()) if anchor is None else self._restored(anchor, found)

@@ -118,6 +118,12 @@ def test_a_matrix_with_no_like_is_dropped_by_a_term_of_nothing(tmp_path: Path) -
     assert DeltaFile(tmp_path / "a.bayou").entry_nbytes(GATE.format(0)) < 600
 
 
+def test_factors_of_no_rank_over_no_base_are_zeros(model: Path, tmp_path: Path) -> None:
+    write(model, Shared((tie(GATE.format(3), None, rank=0),)), tmp_path / "a.bayou")
+    tensors = agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    assert not tensors[GATE.format(3)].any() and tensors[GATE.format(2)].any()
+
+
 @pytest.mark.parametrize("name", ["llama_gqa", "gemma3"])
 def test_a_block_dropped_whole_is_no_layer(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     draft = draw_up(models[name], dial=Dial(layout="sequential", count=1, rank=4, keep_ends=1), **FEW)
@@ -200,6 +206,7 @@ WRONG: dict[str, tuple[Shared, str]] = {
     "no linear": (Shared((tie("model.norm.weight", None),)), "is no linear"),
     "a shape": (Shared((tie("model.layers.3.mlp.down_proj.weight", None),)), "the factors of"),
     "another shape": (Shared((tie(GATE.format(3), "model.layers.2.mlp.down_proj.weight"),)), "is tied to"),
+    "an anchor that is a norm": (Shared((tie(GATE.format(3), "model.norm.weight"),)), "no linear of its shape"),
     "NaN": (Shared((tie(GATE.format(3), None, fill=float("nan")),)), "NaN"),
     "tied and dropped": (Shared((tie(GATE.format(3), None),), ("model.layers.3.mlp",)), "is tied and dropped"),
     "a dropped anchor": (Shared((tie(GATE.format(3), GATE.format(2)),), ("model.layers.2.mlp",)), "tied, dropped or"),
