@@ -173,6 +173,11 @@ def share(
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
     training = None
+    if train is None and (tokens, rate, alpha, pmr, lora) != ("15M", 1e-3, 0.5, True, 0):
+        raise BadInput(
+            "--tokens, --rate, --alpha, --no-pmr and --lora say how to train; give --train TEXT with them "
+            "(tokens to calibrate on are --calibration-tokens)"
+        )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
         training = Training(train, amount, rate, alpha, progressive=pmr, lora=lora)

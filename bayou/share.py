@@ -28,6 +28,8 @@ from bayou.sharing import Shared, Tie
 from bayou.ties import Metric
 
 OWN = "deltallm"
+DEFAULT = "whitened+gain"
+"""How ties are made unless it is said."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def draw_up(
     model: str | Path,
     *,
     dial: Dial | None = None,
-    initialisation: str = "whitened+gain",
+    initialisation: str = DEFAULT,
     plan: str = "layout",
     calibration: str | Path | None = None,
     tokens: int | None = None,
@@ -75,6 +77,8 @@ def draw_up(
         raise BadInput(f"--init {initialisation}: choose one of {', '.join(ties.INITIALISATIONS)}")
     if plan not in ("layout", "search"):
         raise BadInput(f"--plan {plan}: choose layout or search")
+    if plan == "search" and initialisation != DEFAULT:
+        raise BadInput(f"--plan search tries {DEFAULT} and no-base itself; leave out --init {initialisation}")
     original = Original(model, revision=revision, device=device)
     if plan == "search":
         windows = original.windows(calibration, tokens, length, seed)
@@ -138,6 +142,15 @@ class Training:
     blend: bool = False
     gain: bool = True
     lora: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha <= 1 and self.rate > 0 and self.lora >= 0 and min(self.tokens, self.batch) >= 1):
+            raise BadInput(
+                f"cannot train with alpha {self.alpha:g}, rate {self.rate:g}, LoRA of rank {self.lora}, {self.tokens} "
+                f"tokens, {self.batch} windows a step: alpha is 0 to 1, the rate above 0, the rank 0 or more"
+            )
+        if self.blend and not self.progressive:
+            raise BadInput("blend is a kind of progressive replacement; leave that on")
 
 
 def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:
@@ -206,7 +219,7 @@ def share(
     *,
     method: str = OWN,
     dial: Dial | None = None,
-    initialisation: str = "whitened+gain",
+    initialisation: str = DEFAULT,
     plan: str = "layout",
     delta_method: str = "lowrank",
     delta_options: dict[str, Any] | None = None,
@@ -235,10 +248,16 @@ def share(
     started = time.perf_counter()
     text: dict[str, Any] = {"calibration": calibration, "tokens": tokens, "length": length, "seed": seed}
     text |= {"device": device, "revision": revision, "progress": progress}
+    if method not in methods():
+        raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
+    dial = dial or Dial()
     if method != OWN:
         if training is not None:
             raise BadInput(f"--train is for {OWN}; rivals' recovery training is bench/sharing.py's")
-        report = _rival(method, model, out, dial=dial or Dial(), **text)
+        own = (initialisation, plan, delta_method, delta_options or {}, anchor_bits, quantise)
+        if own != (DEFAULT, "layout", "lowrank", {}, None, "anchors") or dial != Dial(reduce=dial.reduce):
+            raise BadInput(f"--method {method} takes --reduce or --ratio; all else of how to share is for {OWN}")
+        report = _rival(method, model, out, dial.reduce, **text)
         return replace(report, seconds=time.perf_counter() - started)
     draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
     if training is not None:
@@ -287,8 +306,8 @@ def _rival(
     method: str,
     model: str | Path,
     out: str | Path,
+    reduce: float | None,
     *,
-    dial: Dial,
     calibration: str | Path | None,
     tokens: int | None,
     length: int,
@@ -297,15 +316,13 @@ def _rival(
     revision: str | None,
     progress: Progress | None,
 ) -> Report:
-    """A rival's model, of as many parameters fewer as the dial says, as a self-contained file."""
-    if method not in methods():
-        raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
+    """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file."""
     original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)
     if windows is None:
         raise BadInput(f"method {method} measures the model on text, and --calibration none gives none")
-    reduce = 0.12 if dial.reduce is None else dial.reduce
-    made = baselines.share(method, original.folder, reduce=reduce, windows=windows, device=device)
+    share_gone = 0.12 if reduce is None else reduce
+    made = baselines.share(method, original.folder, reduce=share_gone, windows=windows, device=device)
     shared, tensors = made.shared(original.folder)
     report = write(original, shared, out, tensors=tensors, progress=progress)
     return replace(report, method=method)

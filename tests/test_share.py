@@ -231,10 +231,20 @@ def test_options_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
         ({"anchor_bits": 9}, "--anchor-bits 9"),
         ({"quantise": "all"}, "needs --anchor-bits"),
         ({"delta_method": "magic"}, "no method 'magic'"),
+        ({"plan": "search"}, "leave out --layout, --count"),
+        ({"plan": "search", "dial": Dial(rank=4), "initialisation": "svd"}, "leave out --init svd"),
+        ({"plan": "search", "dial": Dial(rank=99)}, "rank 99 is too large"),
+        ({"plan": "search", "dial": Dial(keep_ends=-1)}, "--keep-ends -1"),
+        ({"method": "shortgpt"}, "--method shortgpt takes --reduce"),
+        ({"method": "shortgpt", "dial": Dial(), "anchor_bits": 4}, "--method shortgpt takes --reduce"),
+        ({"method": "lastlayers", "dial": None, "delta_method": "deltacome"}, "--method lastlayers takes --reduce"),
     ]
     for options, message in refused:
         with pytest.raises(BadInput, match=message):
-            share_function(model, out, dial=Dial(count=1, rank=4), **options, **FEW)
+            share_function(model, out, **{"dial": Dial(count=1, rank=4)} | options, **FEW)
+    for wrong in ({"alpha": 1.5}, {"rate": 0.0}, {"lora": -1}, {"batch": 0}, {"tokens": 0}):
+        with pytest.raises(BadInput, match="cannot train with"):
+            Training("x", **wrong)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="stands for no tensor"):
         write(model, Shared(()), out, tensors={"x": torch.zeros(1)})
     with pytest.raises(BadInput, match="is not a folder"):
@@ -259,7 +269,11 @@ def test_the_command_prints_what_is_in_the_file(
     assert found["bytes"] == (tmp_path / "a.bayou").stat().st_size and f"{found['bytes']:,} bytes" in lines[0]
     assert found["parameters"] == report.inspect(tmp_path / "a.bayou")["parameters"] and found["ties"] == 3
     assert f"{found['parameters']:,} parameters of {found['original']:,}" in lines[1]
-    for bad, message in ((["--blocks", "three"], "--blocks three"), (["--layout", "x"], "--layout x")):
+    for bad, message in (
+        (["--blocks", "three"], "--blocks three"),
+        (["--layout", "x"], "--layout x"),
+        (["--tokens", "4096"], "--calibration-tokens"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["share", str(model), "-o", str(tmp_path / "b.bayou"), *bad])
         assert stop.value.code == 1 and message in capsys.readouterr().err
