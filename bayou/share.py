@@ -23,7 +23,7 @@ from bayou import train as trainer
 from bayou.errors import BadInput
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
-from bayou.sharedfile import Report, write
+from bayou.sharedfile import Report, calibrates, check, write
 from bayou.sharing import Shared, Tie
 from bayou.ties import Metric
 
@@ -259,10 +259,14 @@ def share(
             raise BadInput(f"--method {method} takes --reduce or --ratio; all else of how to share is for {OWN}")
         report = _rival(method, model, out, dial.reduce, **text)
         return replace(report, seconds=time.perf_counter() - started)
+    check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
     draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
     if training is not None:
         checkpoint = Path(out).with_name(Path(out).name + ".train")
         draft = train(draft, training, checkpoint, progress or (lambda *_: None), seed=seed)
+    windows = draft.windows
+    if windows is None and calibrates(delta_method, anchor_bits):  # of an initialisation that wanted none
+        windows = draft.original.windows(calibration, tokens, length, seed)
     drawn = time.perf_counter() - started
     report = write(
         draft.original,
@@ -274,7 +278,8 @@ def share(
         anchor_bits=anchor_bits,
         quantise=quantise,
         refit=training is None and initialisation != "zero",
-        windows=draft.windows,
+        whiten=initialisation != "svd",
+        windows=windows,
         progress=progress,
     )
     if training is not None:

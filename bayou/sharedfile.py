@@ -86,6 +86,7 @@ def write(
     anchor_bits: int | None = None,
     quantise: str = "anchors",
     refit: bool = False,
+    whiten: bool = True,
     windows: Tensor | None = None,
     device: str = "cpu",
     method: str = "deltallm",
@@ -101,6 +102,7 @@ def write(
             "linears" (all that are not tied), or "all" (embeddings and head too, in 8 bits at least).
         refit: ties are made again from the model's own matrices to what their anchors are once quantised, in place of
             keeping gain * reference + u @ v (right for ties that came from the model, wrong for trained ones).
+        whiten: factors that are made again are so in the metric of their inputs, else in that of the matrix alone.
         windows: (n, length) token ids that calibrate; None: rounding is to nearest, the metric is the identity.
 
     Raises:
@@ -111,13 +113,27 @@ def write(
     with clock.measuring() as steps:
         original = model if isinstance(model, Original) else Original(model, device=device)
         writer = _Writer(original, shared, dict(tensors or {}), delta_method, delta_options or {})
-        writer.choose(anchor_bits, quantise, refit)
+        writer.choose(anchor_bits, quantise, refit, whiten)
         preflight.check_output(Path(out), original.folder)
         size = writer.write(Path(out), windows, progress or (lambda *_: None))
         opened = DeltaFile(out)
         counts = (original.parameters, original.tables, len(shared.ties), len(shared.dropped))
         found = (str(out), method, size, original.checkpoint.nbytes / size, parameters(opened), *counts)
         return Report(*found, time.perf_counter() - started, dict(steps))
+
+
+def check(method: str, options: dict[str, Any], anchor_bits: int | None, quantise: str) -> None:
+    """Raises BadInput for ways of storing that there are not."""
+    methods.check(method, options)
+    if quantise not in QUANTISE or (anchor_bits is not None and not 1 <= anchor_bits <= 8):
+        raise BadInput(f"--anchor-bits {anchor_bits} --quantise {quantise}: choose 1 to 8 bits, {', '.join(QUANTISE)}")
+    if anchor_bits is None and quantise != "anchors":
+        raise BadInput(f"--quantise {quantise} needs --anchor-bits")
+
+
+def calibrates(method: str, anchor_bits: int | None) -> bool:
+    """Whether what is stored so is rounded to fit the inputs of the matrices."""
+    return anchor_bits is not None or getattr(methods.get(method), "USES_GRAM", False)
 
 
 class _Writer:
@@ -136,7 +152,7 @@ class _Writer:
         self.absent = {name for name in original.checkpoint.names() if removal.block_of(original, name) in self.gone}
         self._check(inside)
         self.bits: dict[str, int] = {}
-        self.refit = False
+        self.refit, self.whiten = False, True
 
     def _check(self, inside: set[str]) -> None:
         names = set(self.original.checkpoint.names())
@@ -163,13 +179,10 @@ class _Writer:
             if name not in names or tuple(value.shape) != self.original.checkpoint.shape(name):
                 raise BadInput(f"{name} {tuple(value.shape)} stands for no tensor of {self.original.folder}")
 
-    def choose(self, bits: int | None, quantise: str, refit: bool) -> None:
+    def choose(self, bits: int | None, quantise: str, refit: bool, whiten: bool) -> None:
         """Which matrices are quantised, and to how many bits."""
-        if quantise not in QUANTISE or (bits is not None and not 1 <= bits <= 8):
-            raise BadInput(f"--anchor-bits {bits} --quantise {quantise}: choose 1 to 8 bits, {', '.join(QUANTISE)}")
-        if bits is None and quantise != "anchors":
-            raise BadInput(f"--quantise {quantise} needs --anchor-bits")
-        self.refit = refit
+        check(self.method, self.options, bits, quantise)
+        self.refit, self.whiten = refit, whiten
         for name in self.original.checkpoint.names() if bits is not None else ():
             role, whole = self.original.role(name), name in self.original.places
             if name in self.ties or name in self.zeros or name in self.absent or not whole:
@@ -263,8 +276,7 @@ class _Writer:
                 elif name in self.bits:
                     found[name] = (None, 1.0, *self._dense(name, gram))
 
-        uses = self.bits or getattr(methods.get(self.method), "USES_GRAM", False)
-        if windows is not None and uses:
+        if windows is not None and (self.bits or calibrates(self.method, None)):
             with clock.step("calibrate"):
                 self.original.walk(windows, visit, progress)
         with clock.step("encode"):
@@ -307,7 +319,7 @@ class _Writer:
         if anchor is not None and anchor in self.bits and rank:
             exact = self.original.oriented(anchor, self.value(anchor))
             target = wanted if self.refit else tie.gain * exact + u @ v
-            u, v = Metric(gram).low_rank(target - tie.gain * base, rank)
+            u, v = Metric(gram if self.whiten else None).low_rank(target - tie.gain * base, rank)
         terms: tuple[Term, ...] = ()
         if rank:
             delta = u @ v

@@ -167,6 +167,24 @@ def test_anchors_are_quantised_once_for_all_their_users(options: dict[str, Any],
     assert 0 < error < 0.02 * 2 ** (8 - options["anchor_bits"])
 
 
+@pytest.mark.parametrize("how", ["zero", "svd"])
+def test_anchors_are_calibrated_whatever_the_deltas_start_from(how: str, model: Path, tmp_path: Path) -> None:
+    dial, files = Dial(blocks=(3,), rank=4), []
+    for calibration in (None, "none"):
+        out = tmp_path / f"{calibration}.bayou"
+        options: dict[str, Any] = {"initialisation": how, "anchor_bits": 3, "calibration": calibration}
+        share_function(model, out, dial=dial, **options, **FEW)
+        files.append(DeltaFile(out))
+    assert files[0].read_raw(GATE.format(2)) != files[1].read_raw(GATE.format(2))
+
+
+def test_a_way_of_storing_that_there_is_not_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    training = Training(tmp_path / "absent.txt")
+    for options in ({"anchor_bits": 9}, {"delta_method": "magic"}, {"delta_options": {"bits": 77}}):
+        with pytest.raises(BadInput, match=r"--anchor-bits 9|magic|bits"):
+            share_function(model, tmp_path / "a.bayou", training=training, **options, **FEW)  # type: ignore[arg-type]
+
+
 def test_plain_quantisation_is_a_shared_model_without_ties(model: Path, tmp_path: Path) -> None:
     linears = dense(model, tmp_path / "a.bayou", bits=4, **FEW)
     everything = dense(model, tmp_path / "b.bayou", bits=4, quantise="all", **FEW)
