@@ -208,6 +208,10 @@ def share(
         f"({100 * report.removed_of_layers:.2f} % without embeddings)"
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
+    if report.training:
+        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
+        if report.training["returns"]:
+            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**report.training))
     _finish(as_json, report.json())
 
 
@@ -317,9 +321,11 @@ class _Bars:
         self._progress.stop()
 
     def show(self, step: str, done: int, total: int) -> None:
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[step], completed=done, total=total)
+        """A step, "name" or "name: how it stands"."""
+        name = step.partition(":")[0]
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(step, total=total)
+        self._progress.update(self._tasks[name], description=step, completed=done, total=total)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:
@@ -348,5 +354,7 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> N
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         kept = "; what is encoded so far is kept, run the same command to go on" if "compress" in words[:1] else ""
+        if "share" in words[:1] and "--train" in words:
+            kept = "; what is trained so far is kept in OUT.train every 100 steps, run the same command to go on"
         _screen.print(f"bayou: stopped{kept}", style="yellow", soft_wrap=True)
         sys.exit(130)

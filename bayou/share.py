@@ -11,7 +11,7 @@ Methods other than `deltallm` are those of bayou.baselines.
 import hashlib
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Draft:
     """A shared model before it is written or trained.
 
     tensors: values of tensors that replace the model's own (learned anchors). windows: what it was calibrated on.
-    initialisation: how its ties were made.
+    initialisation: how its ties were made. trained: what became of its training, if there was any.
     """
 
     original: Original
@@ -45,6 +45,7 @@ class Draft:
     tensors: dict[str, Tensor]
     windows: Tensor | None
     initialisation: str
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def draw_up(
@@ -179,19 +180,33 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
     recipe = trainer.Recipe(alpha=training.alpha, batch=batch, seed=seed)
     rate, identity = training.rate, _identity(draft, training)
     pupil = trainer.Pupil(OWN, model, tuple(learner.parameters()), rate, learner.advance, identity)
-    trainer.fit(
+    fitted = trainer.fit(
         [pupil],
         teacher,
         windows,
         recipe,
         tokens=training.tokens,
         checkpoint=checkpoint,
-        progress=lambda at: progress("train", at.step, at.steps),
+        progress=lambda at: progress(_told(at.outcomes[0].curve[-1]), at.step, at.steps),
     )
     learner.finish()
     by_path = {place.path: name for name, place in original.places.items()}
     changed = {by_path[path]: value.cpu() for path, value in learner.dense().items()}
-    return replace(draft, shared=Shared(learner.factors(), draft.shared.dropped), tensors=draft.tensors | changed)
+    shared = Shared(learner.factors(), draft.shared.dropped)
+    return replace(draft, shared=shared, tensors=draft.tensors | changed, trained=_trained(fitted))
+
+
+def _told(point: tuple[float, float, float, float]) -> str:
+    return f"train: loss {point[0]:.3f}, {100 * point[3]:.0f} % replaced"
+
+
+def _trained(fitted: trainer.Fitted) -> dict[str, Any]:
+    """What a run came to; loss, CE and KL are means over its last steps, a tenth of them."""
+    (outcome,) = fitted.outcomes
+    last = outcome.curve[-max(1, len(outcome.curve) // 10) :]
+    loss, ce, kl = (sum(point[i] for point in last) / len(last) for i in range(3))
+    size = {"tokens": fitted.tokens, "steps": fitted.steps, "seconds": fitted.seconds}
+    return size | {"loss": loss, "ce": ce, "kl": kl, "rate": outcome.rate, "returns": outcome.returns}
 
 
 def _identity(draft: Draft, training: Training) -> str:
@@ -284,7 +299,8 @@ def share(
     )
     if training is not None:
         checkpoint.unlink(missing_ok=True)
-    return replace(report, seconds=time.perf_counter() - started, steps={"draw up": drawn} | report.steps)
+    whole = time.perf_counter() - started
+    return replace(report, seconds=whole, steps={"draw up": drawn} | report.steps, training=draft.trained)
 
 
 def dense(

@@ -45,7 +45,8 @@ class Report:
     """What a shared file holds. parameters: numbers in it (scales and gains do not count), original those of the model.
 
     tables: numbers of embeddings and head, which are in both counts. ratio: bytes of the model's weights over the
-    file's. ties, dropped: matrices tied, sub-layers without a contribution.
+    file's. ties, dropped: matrices tied, sub-layers without a contribution. training: tokens, loss, ..., of a
+    training; returns: how often it went back to a checkpoint, with a smaller rate.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Report:
     dropped: int
     seconds: float
     steps: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def removed(self) -> float:

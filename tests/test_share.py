@@ -317,6 +317,8 @@ def test_training_changes_factors_and_gains_alone(name: str, models: dict[str, P
     assert all(torch.equal(after.read_exact(name), before.read_exact(name)) for name in before.exact)
     assert all(bytes(after.read_raw(name)) != bytes(before.read_raw(name)) for name in before.sites)
     assert all(after.sites[name].gain != before.sites[name].gain for name in before.sites)
+    assert made.training["tokens"] == 20 * 4 * 32 and made.training["returns"] == 0 and not plain.training
+    assert made.training["loss"] == pytest.approx((made.training["ce"] + made.training["kl"]) / 2, abs=1e-5)
     own = load_file(models[name] / "model.safetensors")
     assert all(torch.equal(tensors[n], own[n]) for n in own if n not in before.sites)
 
