@@ -10,6 +10,7 @@ Methods other than `deltallm` are those of bayou.baselines.
 
 import hashlib
 import json
+import os
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -223,6 +224,11 @@ def _identity(draft: Draft, training: Training) -> str:
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
+def own_gpu(device: str) -> str:
+    """Of processes that train together (torchrun, accelerate launch) each has a GPU; "cuda" is this one's."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 def methods() -> list[str]:
     """The words of --method: our own, and the rivals of bayou.baselines."""
     return [OWN, *baselines.METHODS]
@@ -254,13 +260,14 @@ def share(
     Args:
         method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone.
         dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see `train`; it
-            goes on from OUT.train where a run was stopped.
+            goes on from OUT.train where a run was stopped. Processes that train together all write the same file.
 
     With `anchor_bits` the ties are fitted to their anchors as they are once quantised. Raises BadInput, Unsupported,
     and BayouError for a full disk; nothing is left at `out` then, or the old file is untouched.
     """
     preflight.check_output(Path(out), Path(model))  # before the work
     started = time.perf_counter()
+    device = own_gpu(device)
     text: dict[str, Any] = {"calibration": calibration, "tokens": tokens, "length": length, "seed": seed}
     text |= {"device": device, "revision": revision, "progress": progress}
     if method not in methods():

@@ -23,7 +23,7 @@ from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, JournalMismatch, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original
-from bayou.share import Draft, Training, dense, draw_up, methods, train
+from bayou.share import Draft, Training, dense, draw_up, methods, own_gpu, train
 from bayou.sharedfile import write
 from bayou.sharing import Shared, Tie
 from bayou.ties import INITIALISATIONS
@@ -321,6 +321,13 @@ def test_training_changes_factors_and_gains_alone(name: str, models: dict[str, P
     assert made.training["loss"] == pytest.approx((made.training["ce"] + made.training["kl"]) / 2, abs=1e-5)
     own = load_file(models[name] / "model.safetensors")
     assert all(torch.equal(tensors[n], own[n]) for n in own if n not in before.sites)
+
+
+def test_processes_that_train_together_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_gpu("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (own_gpu("cuda"), own_gpu("cuda:0"), own_gpu("cpu")) == ("cuda:1", "cuda:0", "cpu")
 
 
 def test_lora_on_the_rest_is_merged_into_the_file(model: Path, tmp_path: Path) -> None:
