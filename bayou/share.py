@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bayou import baselines, layouts, preflight, search, skeleton, student, ties
 from bayou import train as trainer
-from bayou.errors import BadInput
+from bayou.errors import BadInput, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
 from bayou.sharedfile import Report, calibrates, check, write
@@ -345,6 +345,11 @@ def _rival(
     progress: Progress | None,
 ) -> Report:
     """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file."""
+    if method == "slicegpt":  # before the work, not after it
+        raise Unsupported(
+            "slicegpt changes the shapes of all matrices: it is no model of shared layers, so no file holds it; "
+            "in Python bayou.baselines.share makes it, bayou.baselines.slicegpt.save and load keep it"
+        )
     original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)
     if windows is None:
