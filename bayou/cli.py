@@ -158,6 +158,7 @@ def share(
     rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
+    blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
@@ -173,14 +174,14 @@ def share(
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
     training = None
-    if train is None and (tokens, rate, alpha, pmr, lora) != ("15M", 1e-3, 0.5, True, 0):
+    if train is None and (tokens, rate, alpha, pmr, blend, lora) != ("15M", 1e-3, 0.5, True, False, 0):
         raise BadInput(
-            "--tokens, --rate, --alpha, --no-pmr and --lora say how to train; give --train TEXT with them "
+            "--tokens, --rate, --alpha, --no-pmr, --blend and --lora say how to train; give --train TEXT with them "
             "(tokens to calibrate on are --calibration-tokens)"
         )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
-        training = Training(train, amount, rate, alpha, progressive=pmr, lora=lora)
+        training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
     with _Bars() as bars:
         report = run(
             model,

@@ -152,7 +152,7 @@ class Training:
                 f"tokens, {self.batch} windows a step: alpha is 0 to 1, the rate above 0, the rank 0 or more"
             )
         if self.blend and not self.progressive:
-            raise BadInput("blend is a kind of progressive replacement; leave that on")
+            raise BadInput("--blend is a kind of progressive replacement: leave out --no-pmr")
 
 
 def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:

@@ -291,6 +291,7 @@ def test_the_command_prints_what_is_in_the_file(
         (["--blocks", "three"], "--blocks three"),
         (["--layout", "x"], "--layout x"),
         (["--tokens", "4096"], "--calibration-tokens"),
+        (["--train", "a.txt", "--blend", "--no-pmr"], "leave out --no-pmr"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["share", str(model), "-o", str(tmp_path / "b.bayou"), *bad])
