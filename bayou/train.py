@@ -336,7 +336,9 @@ class _Run:
 
     def _key(self) -> str:
         """What a checkpoint must belong to: recipe, data, students."""
-        shapes = [[p.name, p.rate, p.identity, [list(q.shape) for q in p.parameters]] for p in self.pupils]
+        shapes = [
+            [p.name, p.rate, [list(q.shape) for q in p.parameters], *filter(None, [p.identity])] for p in self.pupils
+        ]
         # Where checkpoints lie in time and how a batch is cut up do not belong to a run.
         recipe = asdict(replace(self.recipe, every=1, micro=self.micro * self.world.count, chunk=1, compile=False))
         data = hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
