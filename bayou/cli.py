@@ -158,6 +158,7 @@ def share(
     rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
+    blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
@@ -173,9 +174,14 @@ def share(
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
     training = None
+    if train is None and (tokens, rate, alpha, pmr, blend, lora) != ("15M", 1e-3, 0.5, True, False, 0):
+        raise BadInput(
+            "--tokens, --rate, --alpha, --no-pmr, --blend and --lora say how to train; give --train TEXT with them "
+            "(tokens to calibrate on are --calibration-tokens)"
+        )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
-        training = Training(train, amount, rate, alpha, progressive=pmr, lora=lora)
+        training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
     with _Bars() as bars:
         report = run(
             model,
@@ -203,6 +209,10 @@ def share(
         f"({100 * report.removed_of_layers:.2f} % without embeddings)"
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
+    if report.training:
+        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
+        if report.training["returns"]:
+            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**report.training))
     _finish(as_json, report.json())
 
 
@@ -312,9 +322,11 @@ class _Bars:
         self._progress.stop()
 
     def show(self, step: str, done: int, total: int) -> None:
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[step], completed=done, total=total)
+        """A step, "name" or "name: how it stands"."""
+        name = step.partition(":")[0]
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(step, total=total)
+        self._progress.update(self._tasks[name], description=step, completed=done, total=total)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:
@@ -343,5 +355,7 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> N
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         kept = "; what is encoded so far is kept, run the same command to go on" if "compress" in words[:1] else ""
+        if "share" in words[:1] and "--train" in words:
+            kept = "; what is trained so far is kept in OUT.train every 100 steps, run the same command to go on"
         _screen.print(f"bayou: stopped{kept}", style="yellow", soft_wrap=True)
         sys.exit(130)

@@ -117,6 +117,10 @@ def arrange(dial: Dial, subs: Mapping[tuple[int, str], SubLayer], total: int) ->
         raise BadInput(
             f"--layout {dial.layout} --kinds {dial.kinds}: choose {' or '.join(LAYOUTS)}; {', '.join(KINDS)}"
         )
+    if dial.blocks and (dial.count is not None or len(set(dial.blocks)) < len(dial.blocks)):
+        raise BadInput(f"--blocks {','.join(map(str, dial.blocks))}: name each once, and leave out --count")
+    if dial.per_anchor is not None and (dial.blocks or dial.layout != "sequential"):
+        raise BadInput(f"--per-anchor {dial.per_anchor} is for --layout sequential, without --blocks")
     layers = 1 + max(block for block, _ in subs)
     kinds = KINDS[dial.kinds]
     middle = range(dial.keep_ends, layers - dial.keep_ends)

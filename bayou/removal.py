@@ -1,7 +1,8 @@
 """Blocks that are dropped whole: an identity is no layer, so the model is stored, and exported, without them.
 
-The layers that follow are renumbered, and config.json is told: the number of layers, and the lists in it that have one
-element a layer (the kinds of layer, in models that alternate them).
+The layers that follow are renumbered, and config.json is told: the number of layers, and the lists that have one
+element a layer (the kinds of layer, in models that alternate them). A config that leaves such a list out has it made
+from a period, by the layers' numbers, which are others now: so the list is written.
 """
 
 import json
@@ -61,10 +62,20 @@ def without(original: Original, files: Mapping[str, bytes], gone: list[int]) -> 
     config: dict[str, Any] = json.loads(files["config.json"])
     layers = len(original.layers)
     text = config.get("text_config")
-    for part in (config, text) if isinstance(text, dict) else (config,):
+    inner: dict[str, Any] = text if isinstance(text, dict) else config
+    effective = original.model.config.get_text_config()
+    for key in PER_LAYER:
+        value: Any = getattr(effective, key, None)
+        if key not in inner and _a_layer(value, layers) and any(item != value[0] for item in value):
+            inner[key] = value
+    for part in (config,) if inner is config else (config, inner):
         for key, value in part.items():
-            if key in PER_LAYER and isinstance(value, list) and len(value) == layers:
+            if key in PER_LAYER and _a_layer(value, layers):
                 part[key] = [item for i, item in enumerate(value) if i not in gone]
             elif key in COUNTS and value == layers:
                 part[key] = layers - len(gone)
     return dict(files) | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
+
+
+def _a_layer(value: Any, layers: int) -> bool:
+    return isinstance(value, list) and len(value) == layers

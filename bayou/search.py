@@ -49,12 +49,14 @@ class Option:
 def search(original: Original, dial: Dial, windows: Tensor, progress: Progress) -> Shared:
     """The plan that removes `dial.reduce` (0.12) of the parameters of the kinds `dial.kinds` at the least KL found.
 
-    The model is held whole, in fp32, on the device. dial.rank: the only rank to try. Raises BadInput where too much
-    is asked for.
+    The model is held whole, in fp32, on the device. dial.rank: the only rank to try; the layout is not the dial's.
+    Raises BadInput where too much is asked for, or what a search does not follow.
     """
+    if dial != Dial(kinds=dial.kinds, keep_ends=dial.keep_ends, reduce=dial.reduce, rank=dial.rank):
+        raise BadInput("--plan search chooses the blocks; leave out --layout, --count, --blocks and --per-anchor")
     layers = len(original.layers)
     middle = range(dial.keep_ends, layers - dial.keep_ends)
-    if dial.kinds not in layouts.KINDS or len(middle) < 1:
+    if dial.kinds not in layouts.KINDS or dial.keep_ends < 0 or len(middle) < 1:
         raise BadInput(
             f"--kinds {dial.kinds} --keep-ends {dial.keep_ends}: nothing of {layers} layers is left to choose"
         )
@@ -65,6 +67,8 @@ def search(original: Original, dial: Dial, windows: Tensor, progress: Progress) 
     if not 0 < goal <= sum(sub.parameters for sub in subs):
         most = sum(sub.parameters for sub in subs) / original.parameters
         raise BadInput(f"--reduce {dial.reduce}: a share above 0 and up to {most:.2f}, all that may go, is needed")
+    if dial.rank is not None and not any(dial.rank >= 0 and sub.factors(dial.rank) < sub.parameters for sub in subs):
+        raise BadInput(f"rank {dial.rank} is too large (or below 0): no factors would be smaller than their matrices")
     count = max(1, min(len(windows) // 4, PROBE // windows.shape[1]))
     if len(windows) < 2:
         raise BadInput("the calibration text is too short to fit on one part and measure on another; give more")
@@ -123,7 +127,9 @@ class _Bench:
         key = name, reference
         if key not in self.fits or self.fits[key].u.shape[1] < rank:
             gram = self.grams.get(name)
-            metric = self.metrics.setdefault(id(gram), Metric(gram))
+            if id(gram) not in self.metrics:
+                self.metrics[id(gram)] = Metric(gram)
+            metric = self.metrics[id(gram)]
             matrix = self.original.matrix(name)
             base = (str(reference), matrix if reference is None else self.original.matrix(reference))
             how = "no-base" if reference is None else "whitened+gain"

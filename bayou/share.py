@@ -8,8 +8,11 @@
 Methods other than `deltallm` are those of bayou.baselines.
 """
 
+import hashlib
+import json
+import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,16 @@ from torch import Tensor
 
 from bayou import baselines, layouts, preflight, search, skeleton, student, ties
 from bayou import train as trainer
-from bayou.errors import BadInput
+from bayou.errors import BadInput, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
-from bayou.sharedfile import Report, write
+from bayou.sharedfile import Report, calibrates, check, write
 from bayou.sharing import Shared, Tie
 from bayou.ties import Metric
 
 OWN = "deltallm"
+DEFAULT = "whitened+gain"
+"""How ties are made unless it is said."""
 
 
 @dataclass(frozen=True)
@@ -33,19 +38,22 @@ class Draft:
     """A shared model before it is written or trained.
 
     tensors: values of tensors that replace the model's own (learned anchors). windows: what it was calibrated on.
+    initialisation: how its ties were made. trained: what became of its training, if there was any.
     """
 
     original: Original
     shared: Shared
     tensors: dict[str, Tensor]
     windows: Tensor | None
+    initialisation: str
+    trained: dict[str, Any] = field(default_factory=dict)
 
 
 def draw_up(
     model: str | Path,
     *,
     dial: Dial | None = None,
-    initialisation: str = "whitened+gain",
+    initialisation: str = DEFAULT,
     plan: str = "layout",
     calibration: str | Path | None = None,
     tokens: int | None = None,
@@ -71,12 +79,14 @@ def draw_up(
         raise BadInput(f"--init {initialisation}: choose one of {', '.join(ties.INITIALISATIONS)}")
     if plan not in ("layout", "search"):
         raise BadInput(f"--plan {plan}: choose layout or search")
+    if plan == "search" and initialisation != DEFAULT:
+        raise BadInput(f"--plan search tries {DEFAULT} and no-base itself; leave out --init {initialisation}")
     original = Original(model, revision=revision, device=device)
     if plan == "search":
         windows = original.windows(calibration, tokens, length, seed)
         if windows is None:
             raise BadInput("--plan search measures the loss on text, and --calibration none gives none")
-        return Draft(original, search.search(original, dial, windows, show), {}, windows)
+        return Draft(original, search.search(original, dial, windows, show), {}, windows, "search")
     pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
     wanted = initialisation in ties.USE_GRAM
     windows = original.windows(calibration, tokens, length, seed) if wanted else None
@@ -93,7 +103,9 @@ def draw_up(
 
     def metric(name: str) -> Metric:
         gram = grams.get(name)
-        return metrics.setdefault(id(gram), Metric(gram))
+        if id(gram) not in metrics:
+            metrics[id(gram)] = Metric(gram)  # an eigendecomposition, for all linears that are given the same input
+        return metrics[id(gram)]
 
     made: list[Tie] = []
     tensors: dict[str, Tensor] = {}
@@ -110,7 +122,7 @@ def draw_up(
                 found = (anchor, reference)
                 made.append(ties.fit(name, original.matrix(name), found, metric(name), rank, initialisation, seed=seed))
         show("groups", done + 1, len(groups))
-    return Draft(original, Shared(tuple(made)), tensors, windows)
+    return Draft(original, Shared(tuple(made)), tensors, windows, initialisation)
 
 
 @dataclass(frozen=True)
@@ -132,6 +144,15 @@ class Training:
     blend: bool = False
     gain: bool = True
     lora: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.alpha <= 1 and self.rate > 0 and self.lora >= 0 and min(self.tokens, self.batch) >= 1):
+            raise BadInput(
+                f"cannot train with alpha {self.alpha:g}, rate {self.rate:g}, LoRA of rank {self.lora}, {self.tokens} "
+                f"tokens, {self.batch} windows a step: alpha is 0 to 1, the rate above 0, the rank 0 or more"
+            )
+        if self.blend and not self.progressive:
+            raise BadInput("--blend is a kind of progressive replacement: leave out --no-pmr")
 
 
 def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:
@@ -158,20 +179,54 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
         raise BadInput("--train none: a text to train on is needed")
     batch = max(1, min(training.batch, len(windows)))
     recipe = trainer.Recipe(alpha=training.alpha, batch=batch, seed=seed)
-    pupil = trainer.Pupil("deltallm", model, tuple(learner.parameters()), training.rate, learner.advance)
-    trainer.fit(
+    rate, identity = training.rate, _identity(draft, training)
+    pupil = trainer.Pupil(OWN, model, tuple(learner.parameters()), rate, learner.advance, identity)
+    fitted = trainer.fit(
         [pupil],
         teacher,
         windows,
         recipe,
         tokens=training.tokens,
         checkpoint=checkpoint,
-        progress=lambda at: progress("train", at.step, at.steps),
+        progress=lambda at: progress(_told(at.outcomes[0].curve[-1]), at.step, at.steps),
     )
     learner.finish()
     by_path = {place.path: name for name, place in original.places.items()}
     changed = {by_path[path]: value.cpu() for path, value in learner.dense().items()}
-    return replace(draft, shared=Shared(learner.factors(), draft.shared.dropped), tensors=draft.tensors | changed)
+    shared = Shared(learner.factors(), draft.shared.dropped)
+    return replace(draft, shared=shared, tensors=draft.tensors | changed, trained=_trained(fitted))
+
+
+def _told(point: tuple[float, float, float, float]) -> str:
+    return f"train: loss {point[0]:.3f}, {100 * point[3]:.0f} % replaced"
+
+
+def _trained(fitted: trainer.Fitted) -> dict[str, Any]:
+    """What a run came to; loss, CE and KL are means over its last steps, a tenth of them."""
+    (outcome,) = fitted.outcomes
+    last = outcome.curve[-max(1, len(outcome.curve) // 10) :]
+    loss, ce, kl = (sum(point[i] for point in last) / len(last) for i in range(3))
+    size = {"tokens": fitted.tokens, "steps": fitted.steps, "seconds": fitted.seconds}
+    return size | {"loss": loss, "ce": ce, "kl": kl, "rate": outcome.rate, "returns": outcome.returns}
+
+
+def _identity(draft: Draft, training: Training) -> str:
+    """A hash of the model, of what is tied in it and how, and of how it is trained.
+
+    Not of the factors' values: another number of threads, or another GPU, may have rounded them otherwise.
+    """
+    own = draft.original.checkpoint
+    model = [[name, found.hex()] for name, found in sorted(own.fingerprints(own.names()).items())]
+    ties = [[tie.tensor, tie.reference, tie.u.shape[1]] for tie in draft.shared.ties]
+    how = [draft.initialisation, training.progressive, training.blend, training.gain, training.lora]
+    text = "" if draft.windows is None else hashlib.sha256(draft.windows.numpy().tobytes()).hexdigest()
+    told = [model, ties, sorted(draft.shared.dropped), sorted(draft.tensors), text, how]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def own_gpu(device: str) -> str:
+    """Of processes that train together (torchrun, accelerate launch) each has a GPU; "cuda" is this one's."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
 
 
 def methods() -> list[str]:
@@ -185,7 +240,7 @@ def share(
     *,
     method: str = OWN,
     dial: Dial | None = None,
-    initialisation: str = "whitened+gain",
+    initialisation: str = DEFAULT,
     plan: str = "layout",
     delta_method: str = "lowrank",
     delta_options: dict[str, Any] | None = None,
@@ -205,24 +260,35 @@ def share(
     Args:
         method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone.
         dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see `train`; it
-            goes on from OUT.train where a run was stopped.
+            goes on from OUT.train where a run was stopped. Processes that train together all write the same file.
 
     With `anchor_bits` the ties are fitted to their anchors as they are once quantised. Raises BadInput, Unsupported,
     and BayouError for a full disk; nothing is left at `out` then, or the old file is untouched.
     """
     preflight.check_output(Path(out), Path(model))  # before the work
     started = time.perf_counter()
+    device = own_gpu(device)
     text: dict[str, Any] = {"calibration": calibration, "tokens": tokens, "length": length, "seed": seed}
     text |= {"device": device, "revision": revision, "progress": progress}
+    if method not in methods():
+        raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
+    dial = dial or Dial()
     if method != OWN:
         if training is not None:
             raise BadInput(f"--train is for {OWN}; rivals' recovery training is bench/sharing.py's")
-        report = _rival(method, model, out, dial=dial or Dial(), **text)
+        own = (initialisation, plan, delta_method, delta_options or {}, anchor_bits, quantise)
+        if own != (DEFAULT, "layout", "lowrank", {}, None, "anchors") or dial != Dial(reduce=dial.reduce):
+            raise BadInput(f"--method {method} takes --reduce or --ratio; all else of how to share is for {OWN}")
+        report = _rival(method, model, out, dial.reduce, **text)
         return replace(report, seconds=time.perf_counter() - started)
+    check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
     draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
     if training is not None:
         checkpoint = Path(out).with_name(Path(out).name + ".train")
         draft = train(draft, training, checkpoint, progress or (lambda *_: None), seed=seed)
+    windows = draft.windows
+    if windows is None and calibrates(delta_method, anchor_bits):  # of an initialisation that wanted none
+        windows = draft.original.windows(calibration, tokens, length, seed)
     drawn = time.perf_counter() - started
     report = write(
         draft.original,
@@ -234,12 +300,14 @@ def share(
         anchor_bits=anchor_bits,
         quantise=quantise,
         refit=training is None and initialisation != "zero",
-        windows=draft.windows,
+        whiten=initialisation != "svd",
+        windows=windows,
         progress=progress,
     )
     if training is not None:
         checkpoint.unlink(missing_ok=True)
-    return replace(report, seconds=time.perf_counter() - started, steps={"draw up": drawn} | report.steps)
+    whole = time.perf_counter() - started
+    return replace(report, seconds=whole, steps={"draw up": drawn} | report.steps, training=draft.trained)
 
 
 def dense(
@@ -266,8 +334,8 @@ def _rival(
     method: str,
     model: str | Path,
     out: str | Path,
+    reduce: float | None,
     *,
-    dial: Dial,
     calibration: str | Path | None,
     tokens: int | None,
     length: int,
@@ -276,15 +344,18 @@ def _rival(
     revision: str | None,
     progress: Progress | None,
 ) -> Report:
-    """A rival's model, of as many parameters fewer as the dial says, as a self-contained file."""
-    if method not in methods():
-        raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
+    """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file."""
+    if method == "slicegpt":  # before the work, not after it
+        raise Unsupported(
+            "slicegpt changes the shapes of all matrices: it is no model of shared layers, so no file holds it; "
+            "in Python bayou.baselines.share makes it, bayou.baselines.slicegpt.save and load keep it"
+        )
     original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)
     if windows is None:
         raise BadInput(f"method {method} measures the model on text, and --calibration none gives none")
-    reduce = 0.12 if dial.reduce is None else dial.reduce
-    made = baselines.share(method, original.folder, reduce=reduce, windows=windows, device=device)
+    share_gone = 0.12 if reduce is None else reduce
+    made = baselines.share(method, original.folder, reduce=share_gone, windows=windows, device=device)
     shared, tensors = made.shared(original.folder)
     report = write(original, shared, out, tensors=tensors, progress=progress)
     return replace(report, method=method)

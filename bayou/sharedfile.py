@@ -45,7 +45,8 @@ class Report:
     """What a shared file holds. parameters: numbers in it (scales and gains do not count), original those of the model.
 
     tables: numbers of embeddings and head, which are in both counts. ratio: bytes of the model's weights over the
-    file's. ties, dropped: matrices tied, sub-layers without a contribution.
+    file's. ties, dropped: matrices tied, sub-layers without a contribution. training: tokens, loss, ..., of a
+    training; returns: how often it went back to a checkpoint, with a smaller rate.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Report:
     dropped: int
     seconds: float
     steps: dict[str, float] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
 
     @property
     def removed(self) -> float:
@@ -86,6 +88,7 @@ def write(
     anchor_bits: int | None = None,
     quantise: str = "anchors",
     refit: bool = False,
+    whiten: bool = True,
     windows: Tensor | None = None,
     device: str = "cpu",
     method: str = "deltallm",
@@ -101,6 +104,7 @@ def write(
             "linears" (all that are not tied), or "all" (embeddings and head too, in 8 bits at least).
         refit: ties are made again from the model's own matrices to what their anchors are once quantised, in place of
             keeping gain * reference + u @ v (right for ties that came from the model, wrong for trained ones).
+        whiten: factors that are made again are so in the metric of their inputs, else in that of the matrix alone.
         windows: (n, length) token ids that calibrate; None: rounding is to nearest, the metric is the identity.
 
     Raises:
@@ -111,13 +115,27 @@ def write(
     with clock.measuring() as steps:
         original = model if isinstance(model, Original) else Original(model, device=device)
         writer = _Writer(original, shared, dict(tensors or {}), delta_method, delta_options or {})
-        writer.choose(anchor_bits, quantise, refit)
+        writer.choose(anchor_bits, quantise, refit, whiten)
         preflight.check_output(Path(out), original.folder)
         size = writer.write(Path(out), windows, progress or (lambda *_: None))
         opened = DeltaFile(out)
         counts = (original.parameters, original.tables, len(shared.ties), len(shared.dropped))
         found = (str(out), method, size, original.checkpoint.nbytes / size, parameters(opened), *counts)
         return Report(*found, time.perf_counter() - started, dict(steps))
+
+
+def check(method: str, options: dict[str, Any], anchor_bits: int | None, quantise: str) -> None:
+    """Raises BadInput for ways of storing that there are not."""
+    methods.check(method, options)
+    if quantise not in QUANTISE or (anchor_bits is not None and not 1 <= anchor_bits <= 8):
+        raise BadInput(f"--anchor-bits {anchor_bits} --quantise {quantise}: choose 1 to 8 bits, {', '.join(QUANTISE)}")
+    if anchor_bits is None and quantise != "anchors":
+        raise BadInput(f"--quantise {quantise} needs --anchor-bits")
+
+
+def calibrates(method: str, anchor_bits: int | None) -> bool:
+    """Whether what is stored so is rounded to fit the inputs of the matrices."""
+    return anchor_bits is not None or getattr(methods.get(method), "USES_GRAM", False)
 
 
 class _Writer:
@@ -136,7 +154,7 @@ class _Writer:
         self.absent = {name for name in original.checkpoint.names() if removal.block_of(original, name) in self.gone}
         self._check(inside)
         self.bits: dict[str, int] = {}
-        self.refit = False
+        self.refit, self.whiten = False, True
 
     def _check(self, inside: set[str]) -> None:
         names = set(self.original.checkpoint.names())
@@ -154,21 +172,19 @@ class _Writer:
                 continue
             if tie.reference in self.ties or tie.reference not in names or tie.reference in inside | self.absent:
                 raise BadInput(f"{tie.tensor} is tied to {tie.reference}, which is tied, dropped or absent itself")
-            if self.shape(tie.reference) != shape:
-                raise BadInput(f"{tie.tensor} {shape} is tied to {tie.reference} {self.shape(tie.reference)}")
+            if self.original.role(tie.reference) != "linear" or self.shape(tie.reference) != shape:
+                found = self.original.checkpoint.shape(tie.reference)
+                raise BadInput(f"{tie.tensor} {shape} is tied to {tie.reference} {found}, no linear of its shape")
         for name in self.ties.keys() & (inside | self.absent):
             raise BadInput(f"{name} is tied and dropped")
         for name, value in self.tensors.items():
             if name not in names or tuple(value.shape) != self.original.checkpoint.shape(name):
                 raise BadInput(f"{name} {tuple(value.shape)} stands for no tensor of {self.original.folder}")
 
-    def choose(self, bits: int | None, quantise: str, refit: bool) -> None:
+    def choose(self, bits: int | None, quantise: str, refit: bool, whiten: bool) -> None:
         """Which matrices are quantised, and to how many bits."""
-        if quantise not in QUANTISE or (bits is not None and not 1 <= bits <= 8):
-            raise BadInput(f"--anchor-bits {bits} --quantise {quantise}: choose 1 to 8 bits, {', '.join(QUANTISE)}")
-        if bits is None and quantise != "anchors":
-            raise BadInput(f"--quantise {quantise} needs --anchor-bits")
-        self.refit = refit
+        check(self.method, self.options, bits, quantise)
+        self.refit, self.whiten = refit, whiten
         for name in self.original.checkpoint.names() if bits is not None else ():
             role, whole = self.original.role(name), name in self.original.places
             if name in self.ties or name in self.zeros or name in self.absent or not whole:
@@ -262,8 +278,7 @@ class _Writer:
                 elif name in self.bits:
                     found[name] = (None, 1.0, *self._dense(name, gram))
 
-        uses = self.bits or getattr(methods.get(self.method), "USES_GRAM", False)
-        if windows is not None and uses:
+        if windows is not None and (self.bits or calibrates(self.method, None)):
             with clock.step("calibrate"):
                 self.original.walk(windows, visit, progress)
         with clock.step("encode"):
@@ -298,13 +313,15 @@ class _Writer:
         self, tie: Tie, found: Mapping[str, tuple[Any, ...]], gram: Gram | None
     ) -> tuple[str | None, float, tuple[Term, ...], float]:
         anchor, shape, rank = tie.reference, self.shape(tie.tensor), tie.u.shape[1]
+        if anchor is None and not rank:  # nothing and no base: such a site would be malformed
+            return *self._nothing(tie.tensor), 1.0
         u, v = (part.to(self.original.device).float() for part in (tie.u, tie.v))
         wanted = self.original.matrix(tie.tensor)  # of the model as it was
         base = torch.zeros(()) if anchor is None else self._restored(anchor, found)
         if anchor is not None and anchor in self.bits and rank:
             exact = self.original.oriented(anchor, self.value(anchor))
             target = wanted if self.refit else tie.gain * exact + u @ v
-            u, v = Metric(gram).low_rank(target - tie.gain * base, rank)
+            u, v = Metric(gram if self.whiten else None).low_rank(target - tie.gain * base, rank)
         terms: tuple[Term, ...] = ()
         if rank:
             delta = u @ v

@@ -72,7 +72,8 @@ class Recipe:
 class Pupil:
     """A student as the loop sees it: its model, what is trained of it, the peak rate, and what sets its switches.
 
-    advance(progress, forward number) -> share of modules replaced; see student.Student.advance.
+    advance(progress, forward number) -> share of modules replaced; see student.Student.advance. identity: what a
+    checkpoint must belong to beside the parameters' shapes; a hash of what the model is and of what is tied in it.
     """
 
     name: str
@@ -80,6 +81,7 @@ class Pupil:
     parameters: tuple[nn.Parameter, ...]
     rate: float
     advance: Callable[[float, int], float] | None = None
+    identity: str = ""
 
 
 @dataclass
@@ -334,7 +336,9 @@ class _Run:
 
     def _key(self) -> str:
         """What a checkpoint must belong to: recipe, data, students."""
-        shapes = [[p.name, p.rate, [list(q.shape) for q in p.parameters]] for p in self.pupils]
+        shapes = [
+            [p.name, p.rate, [list(q.shape) for q in p.parameters], *filter(None, [p.identity])] for p in self.pupils
+        ]
         # Where checkpoints lie in time and how a batch is cut up do not belong to a run.
         recipe = asdict(replace(self.recipe, every=1, micro=self.micro * self.world.count, chunk=1, compile=False))
         data = hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()

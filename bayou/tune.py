@@ -21,7 +21,7 @@ def search(
     try:
         import optuna
     except ImportError:
-        raise BadInput("--search needs optuna: pip install 'bayou[train]'; or give one learning rate") from None
+        raise BadInput("a search needs optuna: pip install 'bayou[train]'; or give one learning rate") from None
     if trials < 1 or not 0 < low < high:
         raise BadInput(f"cannot search {trials} rates between {low} and {high}")
     optuna.logging.set_verbosity(optuna.logging.ERROR)

@@ -79,6 +79,11 @@ def test_what_the_model_has_no_room_for_is_one_clear_error() -> None:
         arranged(12, layout="zigzag")
     with pytest.raises(BadInput, match="--per-anchor 0"):
         arranged(12, layout="sequential", per_anchor=0)
+    with pytest.raises(BadInput, match="--per-anchor 2 is for --layout sequential"):
+        arranged(12, per_anchor=2)
+    for wrong in ({"blocks": (3, 3)}, {"blocks": (3, 5), "count": 1}):
+        with pytest.raises(BadInput, match="name each once, and leave out --count"):
+            arranged(12, **wrong)
 
 
 def test_a_reduction_may_be_given_as_a_ratio() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,10 @@ from bayou import share as share_function
 from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.deltafile import DeltaFile
-from bayou.errors import BadInput, Unsupported
+from bayou.errors import BadInput, JournalMismatch, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original
-from bayou.share import Training, dense, draw_up, methods
+from bayou.share import Draft, Training, dense, draw_up, methods, own_gpu, train
 from bayou.sharedfile import write
 from bayou.sharing import Shared, Tie
 from bayou.ties import INITIALISATIONS
@@ -117,6 +118,12 @@ def test_a_matrix_with_no_like_is_dropped_by_a_term_of_nothing(tmp_path: Path) -
     assert DeltaFile(tmp_path / "a.bayou").entry_nbytes(GATE.format(0)) < 600
 
 
+def test_factors_of_no_rank_over_no_base_are_zeros(model: Path, tmp_path: Path) -> None:
+    write(model, Shared((tie(GATE.format(3), None, rank=0),)), tmp_path / "a.bayou")
+    tensors = agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    assert not tensors[GATE.format(3)].any() and tensors[GATE.format(2)].any()
+
+
 @pytest.mark.parametrize("name", ["llama_gqa", "gemma3"])
 def test_a_block_dropped_whole_is_no_layer(name: str, models: dict[str, Path], tmp_path: Path) -> None:
     draft = draw_up(models[name], dial=Dial(layout="sequential", count=1, rank=4, keep_ends=1), **FEW)
@@ -133,6 +140,18 @@ def test_a_block_dropped_whole_is_no_layer(name: str, models: dict[str, Path], t
         assert config["layer_types"] == KINDS[:2] + KINDS[3:]
 
 
+def test_kinds_of_layer_that_follow_from_a_period_outlive_a_removed_block(tmp_path: Path) -> None:
+    model = pico.pico("gemma3", tmp_path / "m", num_hidden_layers=6, layer_types=KINDS)
+    config = json.loads((model / "config.json").read_text())
+    del config["layer_types"], config["_sliding_window_pattern"]
+    (model / "config.json").write_text(json.dumps(config | {"sliding_window_pattern": 2}))
+    assert transformers.AutoConfig.from_pretrained(model).layer_types == KINDS
+    gone = ("model.layers.2.mlp", "model.layers.2.self_attn")
+    write(model, Shared((), gone), tmp_path / "a.bayou")
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out").layer_types == KINDS[:2] + KINDS[3:]
+
+
 @pytest.mark.parametrize("options", [{"anchor_bits": 8}, {"anchor_bits": 4, "delta_method": "deltacome"}], ids=str)
 def test_anchors_are_quantised_once_for_all_their_users(options: dict[str, Any], model: Path, tmp_path: Path) -> None:
     dial = Dial(layout="sequential", count=2, rank=8, keep_ends=1)
@@ -146,6 +165,24 @@ def test_anchors_are_quantised_once_for_all_their_users(options: dict[str, Any],
     assert made.bytes < plain.bytes and made.parameters == plain.parameters
     error = (tensors[anchor].float() - own.read(anchor).float()).norm() / own.read(anchor).float().norm()
     assert 0 < error < 0.02 * 2 ** (8 - options["anchor_bits"])
+
+
+@pytest.mark.parametrize("how", ["zero", "svd"])
+def test_anchors_are_calibrated_whatever_the_deltas_start_from(how: str, model: Path, tmp_path: Path) -> None:
+    dial, files = Dial(blocks=(3,), rank=4), []
+    for calibration in (None, "none"):
+        out = tmp_path / f"{calibration}.bayou"
+        options: dict[str, Any] = {"initialisation": how, "anchor_bits": 3, "calibration": calibration}
+        share_function(model, out, dial=dial, **options, **FEW)
+        files.append(DeltaFile(out))
+    assert files[0].read_raw(GATE.format(2)) != files[1].read_raw(GATE.format(2))
+
+
+def test_a_way_of_storing_that_there_is_not_is_refused_before_the_work(model: Path, tmp_path: Path) -> None:
+    training = Training(tmp_path / "absent.txt")
+    for options in ({"anchor_bits": 9}, {"delta_method": "magic"}, {"delta_options": {"bits": 77}}):
+        with pytest.raises(BadInput, match=r"--anchor-bits 9|magic|bits"):
+            share_function(model, tmp_path / "a.bayou", training=training, **options, **FEW)  # type: ignore[arg-type]
 
 
 def test_plain_quantisation_is_a_shared_model_without_ties(model: Path, tmp_path: Path) -> None:
@@ -187,6 +224,7 @@ WRONG: dict[str, tuple[Shared, str]] = {
     "no linear": (Shared((tie("model.norm.weight", None),)), "is no linear"),
     "a shape": (Shared((tie("model.layers.3.mlp.down_proj.weight", None),)), "the factors of"),
     "another shape": (Shared((tie(GATE.format(3), "model.layers.2.mlp.down_proj.weight"),)), "is tied to"),
+    "an anchor that is a norm": (Shared((tie(GATE.format(3), "model.norm.weight"),)), "no linear of its shape"),
     "NaN": (Shared((tie(GATE.format(3), None, fill=float("nan")),)), "NaN"),
     "tied and dropped": (Shared((tie(GATE.format(3), None),), ("model.layers.3.mlp",)), "is tied and dropped"),
     "a dropped anchor": (Shared((tie(GATE.format(3), GATE.format(2)),), ("model.layers.2.mlp",)), "tied, dropped or"),
@@ -211,10 +249,20 @@ def test_options_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
         ({"anchor_bits": 9}, "--anchor-bits 9"),
         ({"quantise": "all"}, "needs --anchor-bits"),
         ({"delta_method": "magic"}, "no method 'magic'"),
+        ({"plan": "search"}, "leave out --layout, --count"),
+        ({"plan": "search", "dial": Dial(rank=4), "initialisation": "svd"}, "leave out --init svd"),
+        ({"plan": "search", "dial": Dial(rank=99)}, "rank 99 is too large"),
+        ({"plan": "search", "dial": Dial(keep_ends=-1)}, "--keep-ends -1"),
+        ({"method": "shortgpt"}, "--method shortgpt takes --reduce"),
+        ({"method": "shortgpt", "dial": Dial(), "anchor_bits": 4}, "--method shortgpt takes --reduce"),
+        ({"method": "lastlayers", "dial": None, "delta_method": "deltacome"}, "--method lastlayers takes --reduce"),
     ]
     for options, message in refused:
         with pytest.raises(BadInput, match=message):
-            share_function(model, out, dial=Dial(count=1, rank=4), **options, **FEW)
+            share_function(model, out, **{"dial": Dial(count=1, rank=4)} | options, **FEW)
+    for wrong in ({"alpha": 1.5}, {"rate": 0.0}, {"lora": -1}, {"batch": 0}, {"tokens": 0}):
+        with pytest.raises(BadInput, match="cannot train with"):
+            Training("x", **wrong)  # type: ignore[arg-type]
     with pytest.raises(BadInput, match="stands for no tensor"):
         write(model, Shared(()), out, tensors={"x": torch.zeros(1)})
     with pytest.raises(BadInput, match="is not a folder"):
@@ -239,7 +287,12 @@ def test_the_command_prints_what_is_in_the_file(
     assert found["bytes"] == (tmp_path / "a.bayou").stat().st_size and f"{found['bytes']:,} bytes" in lines[0]
     assert found["parameters"] == report.inspect(tmp_path / "a.bayou")["parameters"] and found["ties"] == 3
     assert f"{found['parameters']:,} parameters of {found['original']:,}" in lines[1]
-    for bad, message in ((["--blocks", "three"], "--blocks three"), (["--layout", "x"], "--layout x")):
+    for bad, message in (
+        (["--blocks", "three"], "--blocks three"),
+        (["--layout", "x"], "--layout x"),
+        (["--tokens", "4096"], "--calibration-tokens"),
+        (["--train", "a.txt", "--blend", "--no-pmr"], "leave out --no-pmr"),
+    ):
         with pytest.raises(SystemExit) as stop:
             main(["share", str(model), "-o", str(tmp_path / "b.bayou"), *bad])
         assert stop.value.code == 1 and message in capsys.readouterr().err
@@ -265,8 +318,17 @@ def test_training_changes_factors_and_gains_alone(name: str, models: dict[str, P
     assert all(torch.equal(after.read_exact(name), before.read_exact(name)) for name in before.exact)
     assert all(bytes(after.read_raw(name)) != bytes(before.read_raw(name)) for name in before.sites)
     assert all(after.sites[name].gain != before.sites[name].gain for name in before.sites)
+    assert made.training["tokens"] == 20 * 4 * 32 and made.training["returns"] == 0 and not plain.training
+    assert made.training["loss"] == pytest.approx((made.training["ce"] + made.training["kl"]) / 2, abs=1e-5)
     own = load_file(models[name] / "model.safetensors")
     assert all(torch.equal(tensors[n], own[n]) for n in own if n not in before.sites)
+
+
+def test_processes_that_train_together_have_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_gpu("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (own_gpu("cuda"), own_gpu("cuda:0"), own_gpu("cpu")) == ("cuda:1", "cuda:0", "cpu")
 
 
 def test_lora_on_the_rest_is_merged_into_the_file(model: Path, tmp_path: Path) -> None:
@@ -279,6 +341,27 @@ def test_lora_on_the_rest_is_merged_into_the_file(model: Path, tmp_path: Path) -
         tensors["model.layers.0.self_attn.q_proj.weight"], own["model.layers.0.self_attn.q_proj.weight"]
     )
     assert torch.equal(tensors["model.embed_tokens.weight"], own["model.embed_tokens.weight"])
+
+
+def test_a_stopped_training_goes_on_with_the_same_ties_only(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    training, checkpoint = Training(tmp_path / "a.txt", tokens=512, batch=4, length=32), tmp_path / "c"
+    dial = Dial(blocks=(3,), rank=4)
+
+    def trained(dial: Dial, training: Training, how: str = "zero") -> Draft:
+        draft = draw_up(model, dial=dial, initialisation=how, **FEW)
+        return train(draft, training, checkpoint, lambda *_: None)
+
+    first, again = trained(dial, training), trained(dial, training)
+    assert all(torch.equal(a.u, b.u) for a, b in zip(first.shared.ties, again.shared.ties, strict=True))
+    for other in (
+        (replace(dial, blocks=(2,)), training),
+        (dial, replace(training, progressive=False)),
+        (dial, replace(training, blend=True)),
+        (dial, training, "svd"),
+    ):
+        with pytest.raises(JournalMismatch, match="is of a training with other"):
+            trained(*other)
 
 
 @pytest.mark.parametrize("method", [m for m in methods() if m not in ("deltallm", "slicegpt")])
