@@ -112,10 +112,7 @@ def take(
     table_options = methods.check(table_method, table_options)
 
     for name in sorted(tuned.names(), key=natural):
-        if name.startswith((".", SELF)) or name.endswith("]"):
-            raise Unsupported(
-                f"{tuned.folder}: the tensor name {name!r} has a meaning of its own in a .bayou file; rename it"
-            )
+        check_name(tuned, name)
         place = places.get(name)
         role = place.role if place else "other"
         dtype, shape = tuned.dtype(name), tuned.shape(name)
@@ -148,6 +145,14 @@ def take(
         chosen = ("", {}) if same else (table_method, table_options) if table else (method, options)
         sites += _records(name, reference, (rows, *shape[1:]), tuned.word(name), place, role, *chosen)
     return Inventory(sites, exact, unchanged)
+
+
+def check_name(checkpoint: Checkpoint, name: str) -> None:
+    """Raise Unsupported for a tensor name that means something else in a .bayou file."""
+    if name.startswith((".", SELF)) or name.endswith("]"):
+        raise Unsupported(
+            f"{checkpoint.folder}: the tensor name {name!r} has a meaning of its own in a .bayou file; rename it"
+        )
 
 
 def _keeper(keep: tuple[str, ...]) -> Any:

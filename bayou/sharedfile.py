@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayou import clock, methods, preflight, removal, sidecar
+from bayou import clock, inventory, methods, preflight, removal, sidecar
 from bayou.checkpoint import DTYPES
 from bayou.contents import Contents, Exact
 from bayou.decompose import Matrix
@@ -213,6 +213,7 @@ class _Writer:
         errors: list[float] = []
         exact: list[Exact] = []
         for name in self.original.checkpoint.names():
+            inventory.check_name(self.original.checkpoint, name)
             if name in self.absent:
                 continue
             here = removal.renamed(self.original, name, self.gone)

@@ -11,7 +11,7 @@ import pico
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_independent_reader import bits, same
 
 import bayou
@@ -183,6 +183,15 @@ def test_a_way_of_storing_that_there_is_not_is_refused_before_the_work(model: Pa
     for options in ({"anchor_bits": 9}, {"delta_method": "magic"}, {"delta_options": {"bits": 77}}):
         with pytest.raises(BadInput, match=r"--anchor-bits 9|magic|bits"):
             share_function(model, tmp_path / "a.bayou", training=training, **options, **FEW)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [".hidden", "w[3]", "self:w"])
+def test_names_that_the_format_uses_itself_are_refused(model: Path, tmp_path: Path, name: str) -> None:
+    bad = shutil.copytree(model, tmp_path / "bad")
+    save_file(load_file(model / "model.safetensors") | {name: torch.ones(40, 40)}, bad / "model.safetensors")
+    with pytest.raises(Unsupported, match="has a meaning of its own in a .bayou file; rename it"):
+        write(bad, Shared(()), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
 
 
 def test_plain_quantisation_is_a_shared_model_without_ties(model: Path, tmp_path: Path) -> None:
