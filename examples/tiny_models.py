@@ -71,8 +71,8 @@ class Recipe:
     rate: float
 
 
-PRETRAINING = Recipe(steps=300, batch=32, rate=3e-3)
-FINE_TUNING = {"sql": Recipe(steps=200, batch=48, rate=6e-4), "sort": Recipe(steps=280, batch=96, rate=6e-4)}
+PRETRAINING = Recipe(steps=240, batch=32, rate=3e-3)
+FINE_TUNING = {"sql": Recipe(steps=160, batch=48, rate=6e-4), "sort": Recipe(steps=230, batch=96, rate=6e-4)}
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
