@@ -180,6 +180,16 @@ def batches(model: PreTrainedModel, windows: Tensor, batch: int) -> Iterator[Ten
             yield model.get_decoder()(input_ids=part.to(device), use_cache=False).last_hidden_state
 
 
+def observe(model: PreTrainedModel, windows: Tensor, batch: int, hooks: list[Any]) -> None:
+    """Run all windows through the model for what its `hooks` (handles) see, and take those away, come what may."""
+    try:
+        for _ in batches(model, windows, batch):
+            pass
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
 class Similarities:
     """Mean cosine between pairs of states, over all tokens, in fp32; for layers seen through hooks."""
 

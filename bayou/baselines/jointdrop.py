@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, Similarities, batches, count, first, load, nearest
+from bayou.baselines.baseline import Baseline, Similarities, count, first, load, nearest, observe
 from bayou.errors import Unsupported
 from bayou.sharing import Shared
 from bayou.student import apply
@@ -53,12 +53,7 @@ def similarities(model: PreTrainedModel, windows: Tensor, *, batch: int = 8) -> 
     for i, layer in enumerate(layers):
         hooks.append(norms(layer)["mlp"][0].register_forward_pre_hook(partial(middle, i)))
         hooks.append(layer.register_forward_hook(partial(end, i), with_kwargs=True))
-    try:
-        for _ in batches(model, windows, batch):
-            pass
-    finally:
-        for handle in hooks:
-            handle.remove()
+    observe(model, windows, batch, hooks)
     return found.means()
 
 

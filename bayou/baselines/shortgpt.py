@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, Similarities, batches, count, first, keep_layers, load, nearest
+from bayou.baselines.baseline import Baseline, Similarities, count, first, keep_layers, load, nearest, observe
 
 
 def block_influence(model: PreTrainedModel, windows: Tensor, *, batch: int = 8) -> list[float]:
@@ -25,12 +25,7 @@ def block_influence(model: PreTrainedModel, windows: Tensor, *, batch: int = 8) 
         similarities.add(i, args[0] if args else kwargs["hidden_states"], first(output))
 
     hooks = [layer.register_forward_hook(partial(hook, i), with_kwargs=True) for i, layer in enumerate(layers)]
-    try:
-        for _ in batches(model, windows, batch):
-            pass
-    finally:
-        for handle in hooks:
-            handle.remove()
+    observe(model, windows, batch, hooks)
     means = similarities.means()
     return [1 - means[i] for i in range(len(layers))]
 
