@@ -90,6 +90,8 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.started = arguments, time.monotonic()
+        Path(arguments.work).mkdir(parents=True, exist_ok=True)
+        self.trained: list[tuple[int, float]] = []  # (student tokens, seconds) of this process's trainings
         self.device = torch.device(arguments.device)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         stream = torch.from_numpy(np.load(arguments.tokens).astype(np.int32))
@@ -102,7 +104,7 @@ class Bench:
         self.teacher = load(arguments.base, device=arguments.device, dtype=dtype)
         few = min(len(self.windows), max(1, arguments.calibration // arguments.length))
         calibration = self.windows[torch.arange(few) * len(self.windows) // few].long()
-        self.maker = Maker(arguments.base, self.teacher, calibration)
+        self.maker = Maker(arguments.base, self.teacher, calibration, Path(arguments.work))
         tokenizer = read_tokenizer(arguments.base)
         self.questions = general.prepare(load_testbed(arguments.testbed), tokenizer, arguments.rows)
         self.machine = {
@@ -139,16 +141,30 @@ class Bench:
         """Train and score what is left of a set."""
         a = self.arguments
         plans = dict(plan.split("=", 1) for plan in a.plan)
-        sizes = {"tokens": a.train_tokens, "tune_tokens": a.tune_tokens}
+        tokens = self.affordable(which) if a.spend and which.startswith("main") else a.train_tokens
+        sizes = {"tokens": tokens, "tune_tokens": a.tune_tokens}
         wanted = sharing_runs.runs(which, **sizes, best=self.best, plans=plans)
         wanted = [sharing_runs.scaled(run, a.scale) for run in wanted if a.only in run["name"]]
         groups = [[run] for run in wanted if not run["tokens"]]
         trained = [run for run in wanted if run["tokens"]]
+        trained.sort(key=lambda run: run["method"] == "search")  # last: another process may be searching meanwhile
         groups += [trained[i : i + a.together] for i in range(0, len(trained), a.together)]
         for group in groups:
             done = {r["name"] for r in lines(self.results(which))}
             if not all(run["name"] in done for run in group):
                 self.group(which, group, done)
+
+    def affordable(self, which: str) -> int:
+        """The tokens a run with which a set takes --spend seconds, at the throughput that this process has seen."""
+        if not self.trained:
+            raise SystemExit("--spend goes by the throughput of a set tuned before, in the same process")
+        tokens, seconds = (sum(numbers) for numbers in zip(*self.trained, strict=True))
+        runs = len(sharing_runs.runs(which, tokens=1, tune_tokens=1, best=lambda *_: 0.0))
+        whole = self.arguments.batch * self.arguments.length
+        fit = min(self.arguments.train_tokens, self.arguments.spend * tokens / seconds / runs)
+        found = max(1, int(fit) // whole) * whole
+        self.say(f"{tokens / seconds:,.0f} student tokens/s so far: {found:,} tokens a run of {which}")
+        return found
 
     def group(self, which: str, group: list[Run], done: set[str]) -> None:
         """Train the runs of a group together, then score those that are not done."""
@@ -210,6 +226,7 @@ class Bench:
             for subject in subjects:
                 append(self.results(which), {"name": subject.run["name"], "config": subject.run, "failed": str(error)})
             raise SystemExit(AGAIN) from None
+        self.trained.append((fitted.tokens * len(pupils), fitted.seconds))
         if not fitted.finished:
             self.say(f"stopped at step {fitted.steps}; start again to go on")
             raise SystemExit(AGAIN)
@@ -251,7 +268,7 @@ class Bench:
                 name = "".join(c if c.isalnum() else "-" for c in f"{which}-{run['name']}")
                 sharing_runs.save_shared(Path(a.work) / f"{name}.shared", shared)
             with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
-                ce, kl = objective.measure(model, self.held, self.teacher, batch=8, chunk=a.chunk)
+                ce, kl = objective.measure(model, self.held, self.teacher, batch=a.micro or 8, chunk=a.chunk)
             result["held_out"] = {"ce": ce, "kl": kl, "loss": (1 - a.alpha) * ce + a.alpha * kl}
             self.say(f"{run['name']}: held out CE {ce:.4f}, KL {kl:.4f}")
             if not which.startswith("tune"):
@@ -273,11 +290,20 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.device.startswith("cuda"):
         torch.set_float32_matmul_precision("highest")
     torch._dynamo.config.recompile_limit = 256  # type: ignore[attr-defined]  # a graph a rank and switch
-    Path(arguments.work).mkdir(parents=True, exist_ok=True)
     bench = Bench(arguments)
     for which in arguments.set:
         bench.perform(which)
     bench.say("all done")
+
+
+def plan(arguments: argparse.Namespace) -> None:
+    """Search the plans of the sets, and nothing else: where `run` looks for them."""
+    bench = Bench(arguments)
+    for which in arguments.set:
+        for run in sharing_runs.runs(which, tokens=0, tune_tokens=0, best=lambda *_: 0.0):
+            if run["method"] == "search":
+                subject = bench.maker.subject(run)
+                bench.say(f"{run['name']}: {subject.parameters:,} parameters, {subject.description}")
 
 
 def table(arguments: argparse.Namespace) -> None:
@@ -320,35 +346,37 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     first = verbs.add_parser("tokenise")
     first.add_argument("--tokens", type=int, help="stop after so many")
-    second = verbs.add_parser("run")
-    for verb in (first, second):
+    second, third = verbs.add_parser("run"), verbs.add_parser("plan")
+    for verb in (first, second, third):
         verb.add_argument("--base", type=Path, required=True)
         verb.add_argument("--testbed", type=Path, required=True)
         verb.add_argument("--out", type=Path, required=True)
-    add = second.add_argument
-    add("--tokens", type=Path, required=True, help="what tokenise wrote")
-    add("--set", nargs="+", required=True)
-    add("--plan", nargs="*", default=[], help="NAME=FILE of a Shared, for the sets tuneplans and plans")
-    add("--only", default="", help="runs whose name contains this")
-    add("--work", type=Path, required=True, help="checkpoints and trained factors")
-    add("--device", default="cpu")
-    add("--seconds", type=float, default=520, help="after which to end, to be started again")
-    add("--score-seconds", type=float, default=60, help="kept free for scoring a student")
-    add("--together", type=int, default=4, help="students on one teacher's forward")
-    add("--train-tokens", type=int, default=15_000_000)
-    add("--tune-tokens", type=int, default=3_000_000)
-    add("--scale", type=float, default=1.0, help="multiplies all tokens")
-    add("--length", type=int, default=512)
-    add("--batch", type=int, default=64, help="windows a step")
-    add("--micro", type=int, help="windows a forward")
-    add("--chunk", type=int, default=8192, help="positions whose logits are held at once")
-    add("--budget", type=int, default=32_768, help="tokens a forward in scoring")
-    add("--alpha", type=float, default=0.5)
-    add("--every", type=int, default=50, help="steps between checkpoints")
-    add("--calibration", type=int, default=131_072, help="tokens for grams and the rivals' measurements")
-    add("--rows", type=int, default=3000)
-    add("--report", type=float, default=10, help="seconds between lines")
-    add("--compile", action="store_true")
+    for verb in (second, third):
+        add = verb.add_argument
+        add("--tokens", type=Path, required=True, help="what tokenise wrote")
+        add("--set", nargs="+", required=True)
+        add("--plan", nargs="*", default=[], help="NAME=FILE of a Shared, for the sets tuneplans and plans")
+        add("--only", default="", help="runs whose name contains this")
+        add("--work", type=Path, required=True, help="checkpoints and trained factors")
+        add("--device", default="cpu")
+        add("--seconds", type=float, default=520, help="after which to end, to be started again")
+        add("--score-seconds", type=float, default=60, help="kept free for scoring a student")
+        add("--together", type=int, default=4, help="students on one teacher's forward")
+        add("--train-tokens", type=int, default=15_000_000)
+        add("--tune-tokens", type=int, default=3_000_000)
+        add("--spend", type=float, help="seconds for a main set; fewer tokens than --train-tokens if need be")
+        add("--scale", type=float, default=1.0, help="multiplies all tokens")
+        add("--length", type=int, default=512)
+        add("--batch", type=int, default=64, help="windows a step")
+        add("--micro", type=int, help="windows a forward")
+        add("--chunk", type=int, default=8192, help="positions whose logits are held at once")
+        add("--budget", type=int, default=32_768, help="tokens a forward in scoring")
+        add("--alpha", type=float, default=0.5)
+        add("--every", type=int, default=50, help="steps between checkpoints")
+        add("--calibration", type=int, default=131_072, help="tokens for grams and the rivals' measurements")
+        add("--rows", type=int, default=3000)
+        add("--report", type=float, default=10, help="seconds between lines")
+        add("--compile", action="store_true")
     for name in ("table", "paired"):
         verb = verbs.add_parser(name)
         verb.add_argument("--out", type=Path, required=True)
@@ -356,7 +384,7 @@ def main() -> None:
         if name == "paired":
             verb.add_argument("--pair", nargs=2, required=True)
     arguments = parser.parse_args()
-    {"tokenise": tokenise, "run": run, "table": table, "paired": paired}[arguments.verb](arguments)
+    {"tokenise": tokenise, "run": run, "plan": plan, "table": table, "paired": paired}[arguments.verb](arguments)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ SIZES = {"12": 0.12, "24": 0.24}
 RIVALS: dict[str, Run] = {
     "deltallm": {"method": "deltallm", "init": "whitened+gain", "pmr": "bernoulli"},
     "deltallm without PMR": {"method": "deltallm", "init": "whitened+gain", "pmr": None},
-    "searched plan": {"method": "search", "kinds": "all", "pmr": "bernoulli"},
+    "searched plan + LoRA": {"method": "search", "kinds": "all", "pmr": "bernoulli", "lora": 32},
+    "searched plan + LoRA, without PMR": {"method": "search", "kinds": "all", "pmr": None, "lora": 32},
     "no-base control": {"method": "deltallm", "init": "no-base", "pmr": "bernoulli"},
     **{name: {"method": name} for name in baselines.METHODS},
 }
@@ -169,16 +170,15 @@ class Subject:
 class Maker:
     """Makes the students of one base; what closed forms need (grams) is measured once."""
 
-    def __init__(self, folder: Path, teacher: PreTrainedModel, windows: Tensor) -> None:
-        """teacher: the base on the device, in the dtype to train in. windows: to calibrate on."""
-        self.folder, self.teacher, self.windows = folder, teacher, windows
+    def __init__(self, folder: Path, teacher: PreTrainedModel, windows: Tensor, plans: Path) -> None:
+        """teacher: the base on the device, in the dtype to train in. windows: to calibrate on. plans: their folder."""
+        self.folder, self.teacher, self.windows, self.plans = folder, teacher, windows, plans
         self.device = str(next(teacher.parameters()).device)
         self.dtype = next(teacher.parameters()).dtype
         self.total = count(teacher)
         self._grams: dict[str, Any] = {}
         self._rivals: dict[tuple[str, float], baselines.Baseline] = {}
         self._original: Original | None = None
-        self._plans: dict[float, Shared] = {}
 
     def subject(self, run: Run) -> Subject:
         """The student of a run, ready to be trained."""
@@ -296,11 +296,12 @@ class Maker:
         return self._original
 
     def _searched(self, run: Run) -> Shared:
-        """The plan that bayou.search finds for a reduction; once a process."""
-        if run["reduce"] not in self._plans:
+        """The plan that bayou.search finds for a reduction; kept in a file, for it takes minutes."""
+        path = self.plans / f"searched-{run['kinds']}-{run['reduce']:g}.shared"
+        if not path.exists():
             dial = layouts.Dial(kinds=run["kinds"], reduce=run["reduce"])
-            self._plans[run["reduce"]] = search.search(self.original, dial, self.windows, lambda *_: None)
-        return self._plans[run["reduce"]]
+            save_shared(path, search.search(self.original, dial, self.windows, lambda *_: None))
+        return load_shared(path)
 
     def _measured(self, original: Any) -> dict[str, Any]:
         """Second moments of every linear's input, from one walk."""

@@ -100,6 +100,9 @@ def test_from_text_to_table(
     pair = ["--pair", "shortgpt", "lastlayers"]
     assert call(bench, monkeypatch, "paired", "--out", tmp_path, "--set", "main24", *pair) == 0
     assert "winogrande nll: " in capsys.readouterr().out
+    hasty = [*common(ground, tmp_path / "hasty"), "--score-seconds", 0, "--spend", 1e-6]
+    assert call(bench, monkeypatch, "run", *hasty, "--set", "tune24", "main24") == 0  # a step is the least
+    assert [r["tokens"] for r in bench.lines(tmp_path / "hasty" / "sharing-main24.jsonl")] == [4 * 32] * 3
 
 
 @pytest.mark.slow
@@ -121,12 +124,16 @@ def test_deltas_are_trained_scored_and_kept(
 
     monkeypatch.setattr(runs, "runs", smaller)
     words = [*common(ground, tmp_path), "--together", 3, "--score-seconds", 0]
+    assert call(bench, monkeypatch, "plan", *words, "--set", "main12") == 0
+    (plan,) = (tmp_path / "work").glob("searched-all-*.shared")
+    searched = plan.stat().st_mtime_ns
     assert call(bench, monkeypatch, "run", *words, "--set", "untrained", "main12", "ablation") == 0
+    assert plan.stat().st_mtime_ns == searched  # read, not made anew
     assert call(bench, monkeypatch, "run", *words, "--set", "pmr", "--only", "seed 0") == 0
     untrained = {r["name"]: r for r in bench.lines(tmp_path / "sharing-untrained.jsonl")}
     assert len(untrained) == 8 and untrained["untouched"]["reduction"] == 0
     assert untrained["dropped"]["parameters"] == untrained["tied, no delta"]["parameters"]
-    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 4
+    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 5
     assert len(bench.lines(tmp_path / "sharing-ablation.jsonl")) == 12
     assert len(bench.lines(tmp_path / "sharing-pmr.jsonl")) == 3
     (kept,) = (tmp_path / "work").glob("main12-deltallm.shared")
