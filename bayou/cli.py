@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval`."""
 
 import json
 import sys
@@ -8,9 +8,9 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bayou import methods
+from bayou.bars import Bars
 from bayou.errors import BadInput, BayouError, TooSmall
 
 app = typer.Typer(
@@ -95,7 +95,7 @@ def compress(
             f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed"
         )
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         report = run(
             base,
             finetuned,
@@ -182,7 +182,7 @@ def share(
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
         training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         report = run(
             model,
             out,
@@ -279,6 +279,52 @@ def restore(
     _finish(as_json, {"path": str(folder), "bytes": size})
 
 
+@app.command(epilog="Example: bayou export org/base math.bayou --to peft --rank 256 -o ./math-lora --data test.jsonl")
+def export(
+    base: Base,
+    file: DeltaPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder (peft) or file (gguf-lora) to write.")],
+    to: Annotated[str, typer.Option(help="peft (vLLM, SGLang, LoRAX, ...) or gguf-lora (llama.cpp).")] = "peft",
+    rank: Annotated[
+        int | None, typer.Option(help="Cut every matrix to this rank; the file's own ranks unless given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the factors: float16, bfloat16 or float32.")] = "float16",
+    embeddings: Annotated[
+        str, typer.Option(help="Embedding and head: leave them out, or as lora, or (peft) full.")
+    ] = "leave",
+    exact: Annotated[bool, typer.Option("--exact", help="peft: norms and biases too; servers refuse them.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Measure the KL lost on a text file, or .jsonl with prompt and answer.")
+    ] = None,
+    rows: Annotated[int | None, typer.Option(help="--data: so many rows or windows, drawn by the seed.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    seed: Annotated[int, typer.Option(help="--data: which rows.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Write a fine-tune as a LoRA adapter for other programs, and say what that loses."""
+    from bayou.integrations.export import export as run
+    from bayou.integrations.export import table
+
+    with Bars(_screen) as bars:
+        found = run(
+            base,
+            file,
+            out,
+            to=to,
+            rank=rank,
+            dtype=dtype,
+            embeddings=embeddings,
+            exact=exact,
+            data=data,
+            rows=rows,
+            device=device,
+            seed=seed,
+            progress=bars.show,
+        )
+    Console().print(table(found))
+    _finish(as_json, found)
+
+
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
 def evaluate(
     base: Base,
@@ -304,29 +350,6 @@ def evaluate(
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)
-
-
-class _Bars:
-    """Progress bars on stderr, one a step of the work; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=_screen, disable=not _screen.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, step: str, done: int, total: int) -> None:
-        """A step, "name" or "name: how it stands"."""
-        name = step.partition(":")[0]
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[name], description=step, completed=done, total=total)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:
