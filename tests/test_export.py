@@ -91,7 +91,7 @@ def test_at_its_own_rank_every_linear_is_the_file_s(folder: Path, tmp_path: Path
     assert found["kinds"]["linear"]["energy"] == pytest.approx(1, abs=1e-9)
     low, high = found["kinds"]["linear"]["ranks"]
     assert low < high == found["rank"] == config["r"], "the ranks differ, or the patterns go untested"
-    assert found["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").iterdir())
+    assert found["bytes"] == (tmp_path / "out" / "adapter_model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("float16", 1e-6), ("bfloat16", 1e-4)])
@@ -177,7 +177,8 @@ def test_the_kl_is_that_of_base_and_adapter_to_the_fine_tune(folder: Path, tmp_p
         if "proj" in name:
             parameter.data += product(tmp_path / "cut", name.removesuffix(".weight")).float()
     tokenizer = read_tokenizer(folder / "tuned")
-    expected = evaluate(bayou.load(folder / "base", folder / "a.bayou"), model, tokenizer, tmp_path / "a.txt")
+    bayou.restore(folder / "base", folder / "a.bayou", tmp_path / "restored")
+    expected = evaluate(read_model(tmp_path / "restored"), model, tokenizer, tmp_path / "a.txt")
     assert found["data"]["kl"] == pytest.approx(expected["kl"], rel=1e-4) and expected["kl"] > 1e-3
     whole = {"dtype": "float32", "embeddings": "full", "exact": True}
     assert export(folder, tmp_path / "whole", data=tmp_path / "a.txt", **whole)["data"]["kl"] < 1e-6
@@ -247,6 +248,23 @@ def test_layers_that_did_not_change_are_no_targets_and_exact_matrices_are(tmp_pa
     assert torch.allclose(product(tmp_path / "out", keep[:-7]).float(), tensors[keep] - base[keep], atol=1e-5)
 
 
+def test_a_bias_that_changed_alone_goes_with_a_lora_that_does_nothing(tmp_path: Path) -> None:
+    folder = make(tmp_path / "in", "qwen2")
+    tensors, base = (load_file(folder / side / "model.safetensors") for side in ("tuned", "base"))
+    module = "model.layers.0.self_attn.q_proj"
+    save_file({**tensors, f"{module}.weight": base[f"{module}.weight"]}, folder / "tuned" / "model.safetensors")
+    (folder / "a.bayou").unlink()
+    bayou.compress(folder / "base", folder / "tuned", folder / "a.bayou", ratio=3, calibration="none")
+    found = export(folder, tmp_path / "out", exact=True)
+    config, stored_tensors = stored(tmp_path / "out")
+    assert config["lora_bias"] and found["vllm"]["objections"][-1] == "it refuses changes of biases (--exact)"
+    assert not product(tmp_path / "out", module).any()
+    bias = stored_tensors[f"{ROOT}{module}.lora_B.bias"]
+    assert torch.equal(bias, tensors[f"{module}.bias"] - base[f"{module}.bias"]) and bias.any()
+    assert not stored_tensors[f"{ROOT}model.layers.0.mlp.up_proj.lora_B.bias"].any()
+    assert found["kinds"]["bias"] == {**found["kinds"]["bias"], "tensors": 6, "how": "exact", "energy": 1}
+
+
 def test_experts_are_left_out_and_counted(tmp_path: Path) -> None:
     folder = make(tmp_path / "in", "mixtral")
     kinds = export(folder, tmp_path / "out", rank=4)["kinds"]
@@ -260,14 +278,14 @@ def test_experts_are_left_out_and_counted(tmp_path: Path) -> None:
 
 def test_a_changed_config_is_said(tmp_path: Path) -> None:
     folder = make(tmp_path / "in")
-    config = json.loads((folder / "tuned" / "config.json").read_text())
-    config["rope_parameters"]["rope_theta"] = 5e5
-    (folder / "tuned" / "config.json").write_text(json.dumps(config))
+    for name, key, value in (("config.json", "rope_parameters", None), ("generation_config.json", "eos_token_id", 7)):
+        config = json.loads((folder / "tuned" / name).read_text())
+        config[key] = value or {**config[key], "rope_theta": 5e5}
+        (folder / "tuned" / name).write_text(json.dumps(config))
     bayou.compress(folder / "base", folder / "tuned", folder / "b.bayou", ratio=3, calibration="none")
     found = bayou.export(folder / "base", folder / "b.bayou", tmp_path / "out")
-    assert found["warnings"] == [
-        "config.json differs from the base's, which stays in force: rope_parameters.rope_theta"
-    ]
+    changed = "config.json rope_parameters.rope_theta, generation_config.json eos_token_id"
+    assert found["warnings"] == [f"the base's settings stay in force where the fine-tune has others: {changed}"]
     assert export(folder, tmp_path / "same")["warnings"] == []
 
 

@@ -16,7 +16,7 @@ class Candidate:
 
     def add(self, path: str, b: Tensor, a: Tensor, transposed: bool = False) -> None:
         """The parameter at `path` becomes itself plus b @ a (out, in); transposed: it lies as (in, out)."""
-        product = b.float() @ a.float()
+        product = b.to(self.model.device).float() @ a.to(self.model.device).float()
         self.add_to(path, product.T if transposed else product)
 
     def add_to(self, path: str, value: Tensor) -> None:

@@ -10,15 +10,14 @@ import torch
 from rich.console import Group
 from rich.table import Table
 
-from bayou.attach import load
+from bayou import skeleton
 from bayou.calibrate import read_tokenizer
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput
 from bayou.evaluate import evaluate
 from bayou.integrations import gguf, peft
-from bayou.integrations.adapter import Adapter
+from bayou.integrations.adapter import TABLES, Adapter, Progress
 from bayou.integrations.candidate import Candidate
-from bayou.integrations.peft import Progress
 from bayou.restore import appearing
 
 FORMATS = ("peft", "gguf-lora")
@@ -58,10 +57,10 @@ def export(
             `rows` of it, drawn by `seed`; both models are in memory then, in fp32.
 
     Returns:
-        path, format, bytes, rank (the largest); kinds: kind of tensor -> tensors, how, ranks, energy (share of the
-        delta's squared norm that arrives), relative (norm of the delta over that of the base's tensors); energy: of
-        all; new_rows: rows of the vocabulary that are lost; warnings: what else is, in words; vllm: max_lora_rank and
-        objections, None for gguf-lora; data: what `evaluate` says, or None.
+        path, format, bytes (of the tensors' file), rank (the largest); kinds: kind of tensor -> tensors, how, ranks,
+        energy (share of the delta's squared norm that arrives), relative (norm of the delta over that of the base's
+        tensors); energy: of all; new_rows: rows of the vocabulary that are lost; warnings: what else is, in words;
+        vllm: max_lora_rank and objections, None for gguf-lora; data: what `evaluate` says, or None.
 
     Raises:
         WrongBase, BadFile, DamagedFile; Unsupported for a file or an architecture that has no such adapter; BadInput
@@ -99,12 +98,12 @@ def export(
     return {
         "path": str(target),
         "format": to,
-        "bytes": sum(p.stat().st_size for p in ([target] if target.is_file() else target.iterdir())),
+        "bytes": (target if target.is_file() else target / "adapter_model.safetensors").stat().st_size,
         "rank": max(change.rank for change in adapter.loras),
         "kinds": {name: kind.report() for name, kind in adapter.kinds.items()},
         "energy": 1 - lost / delta if delta else 1.0,
         "new_rows": adapter.new_rows,
-        "warnings": _warnings(adapter),
+        "warnings": _warnings(adapter, to),
         "vllm": server,
         "data": compared,
     }
@@ -141,20 +140,30 @@ def _compare(
         for name in adapter.file.files:
             (Path(folder) / name).write_bytes(adapter.file.read_file(name, adapter.base.folder))
         tokenizer = read_tokenizer(Path(folder))
-    reference = load(adapter.base.folder, adapter.file, device=device)
+    reference = skeleton.build(adapter.file.fine_tune_config(adapter.base.folder))
+    places = skeleton.places(reference, adapter.file.tensors())
+    skeleton.fill(reference, "", places, adapter.restorer.tensor, device=device)
     return evaluate(reference, candidate.model, tokenizer, data, rows=rows, device=device, seed=seed)
 
 
-def _warnings(adapter: Adapter) -> list[str]:
+def _warnings(adapter: Adapter, to: str) -> list[str]:
     found = []
     if adapter.new_rows:
         found.append(
             f"{adapter.new_rows} tokens that the fine-tune added are lost, and its tokenizer is not written: the base "
             "has no rows for them"
         )
+    grown = max((adapter.rows_beyond(change) for change in adapter.whole if change.kind in TABLES), default=0)
+    if grown:
+        rows = adapter.restorer.spec(next(c.tensor for c in adapter.whole if c.kind in TABLES))[1][0]
+        found.append(
+            f"the fine-tune added {grown} tokens: call resize_token_embeddings({rows}) on the base before loading this"
+        )
+    if to == "peft" and any(change.kind in TABLES for change in adapter.loras):
+        found.append("vLLM takes a LoRA of an embedding or head for some architectures only")
     changed = adapter.config_changes()
     if changed:
-        found.append(f"config.json differs from the base's, which stays in force: {', '.join(changed)}")
+        found.append(f"the base's settings stay in force where the fine-tune has others: {', '.join(changed)}")
     return found
 
 

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from bayou.checkpoint import WORDS
 from bayou.errors import BadInput, Unsupported
-from bayou.integrations.adapter import Adapter, Change
+from bayou.integrations.adapter import Adapter, Progress
 from bayou.integrations.candidate import Candidate
-from bayou.integrations.peft import Progress
+from bayou.integrations.difference import Change
 
 ARCHITECTURES = {
     "gemma": "GEMMA",
@@ -37,7 +37,7 @@ ARCHITECTURES = {
 """transformers' model_type -> gguf's MODEL_ARCH, for those whose matrices llama.cpp has one for one."""
 
 _ROTARY_HALVES_TAKE_TURNS = ("LLAMA",)
-_ENDS = ("lora_a", "lora_b")
+_TABLE = "token_embd.weight"
 
 
 def check(adapter: Adapter, embeddings: str, exact: bool) -> None:
@@ -53,8 +53,7 @@ def check(adapter: Adapter, embeddings: str, exact: bool) -> None:
         )
     if embeddings == "lora" and adapter.model.all_tied_weights_keys:
         raise Unsupported("llama.cpp has one tensor for a table and the head tied to it: leave --embeddings lora out")
-    for change in adapter.loras:
-        name(adapter, change)
+    names(adapter)
 
 
 def _library() -> Any:
@@ -65,15 +64,20 @@ def _library() -> Any:
     return gguf
 
 
-def name(adapter: Adapter, change: Change) -> str:
-    """llama.cpp's name of the tensor that a LoRA changes. Raises Unsupported where it has none."""
+def names(adapter: Adapter) -> dict[str, str]:
+    """Module of each LoRA -> llama.cpp's name of its tensor. Raises Unsupported where there is none."""
     gguf = _library()
-    architecture = gguf.MODEL_ARCH[ARCHITECTURES[adapter.base.config["model_type"]]]
     layers = adapter.model.config.get_text_config().num_hidden_layers
-    found = gguf.get_tensor_name_map(architecture, layers).get_name(change.module)
-    if found is None:
-        raise Unsupported(f"gguf-lora: gguf has no name for {change.module}")
-    return f"{found}.weight"
+    known = gguf.get_tensor_name_map(_architecture(adapter), layers)
+    found = {change.module: known.get_name(change.module) for change in adapter.loras}
+    for module, name in found.items():
+        if name is None:
+            raise Unsupported(f"gguf-lora: gguf has no name for {module}")
+    return {module: f"{name}.weight" for module, name in found.items()}
+
+
+def _architecture(adapter: Adapter) -> Any:
+    return _library().MODEL_ARCH[ARCHITECTURES[adapter.base.config["model_type"]]]
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
@@ -87,20 +91,21 @@ def write(
 ) -> None:
     """Write the file, one matrix in memory at a time; `candidate` is given each of them too."""
     gguf = _library()
-    architecture = gguf.MODEL_ARCH[ARCHITECTURES[adapter.base.config["model_type"]]]
     alpha = max(change.rank for change in adapter.loras)
-    with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])) as writer:
+    kind = gguf.GGMLQuantizationType[WORDS[dtype]]
+    place = names(adapter)
+    with contextlib.closing(gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[_architecture(adapter)])) as writer:
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
         writer.add_string("bayou.file.root", adapter.file.root)
         writer.add_string("bayou.base.root", adapter.file.base["root"])
-        kind = gguf.GGMLQuantizationType[WORDS[dtype]]
         for change in adapter.loras:
-            for end, shape in zip(_ENDS, _shapes(adapter, change), strict=True):
-                # The dtype of the second place only says that the shape is one of elements, not of bytes.
+            name = place[change.module]
+            for end, shape in zip(("lora_a", "lora_b"), _shapes(name, change), strict=True):
+                # float32 only says that the shape counts elements, not bytes.
                 nbytes = prod(shape) * dtype.itemsize
-                writer.add_tensor_info(f"{name(adapter, change)}.{end}", shape, numpy.float32, nbytes, kind)
+                writer.add_tensor_info(f"{name}.{end}", shape, numpy.float32, nbytes, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -109,26 +114,22 @@ def write(
             a, b = adapter.lora(change, dtype, scale)
             if candidate is not None:
                 candidate.add(change.path, b.float() / scale, a, change.transposed)
-            for part in _laid_out(adapter, change, a, b):
+            for part in _laid_out(adapter, place[change.module], change, a, b):
                 writer.write_tensor_data(part.contiguous().view(torch.uint8).numpy())
             progress("matrices", done + 1, len(adapter.loras))
 
 
-def _shapes(adapter: Adapter, change: Change) -> tuple[tuple[int, int], tuple[int, int]]:
+def _shapes(name: str, change: Change) -> tuple[tuple[int, int], tuple[int, int]]:
     (out, width), rank = change.shape, change.rank
-    return ((out, rank), (width, rank)) if _is_table(adapter, change) else ((rank, width), (out, rank))
+    return ((out, rank), (width, rank)) if name == _TABLE else ((rank, width), (out, rank))
 
 
-def _laid_out(adapter: Adapter, change: Change, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """A and B as llama.cpp has them; of a table, which it looks up in A, they are the other way round."""
-    if _is_table(adapter, change):
+def _laid_out(adapter: Adapter, name: str, change: Change, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """A and B as llama.cpp has them; a table's, which it looks up in A, are the other way round."""
+    if name == _TABLE:
         return b, a.T
     config = adapter.model.config.get_text_config()
     leaf = change.module.rpartition(".")[2]
     if ARCHITECTURES[adapter.base.config["model_type"]] in _ROTARY_HALVES_TAKE_TURNS and leaf in ("q_proj", "k_proj"):
         b = interleaved(b, config.num_attention_heads if leaf == "q_proj" else config.num_key_value_heads)
     return a, b
-
-
-def _is_table(adapter: Adapter, change: Change) -> bool:
-    return name(adapter, change) == "token_embd.weight"

@@ -23,10 +23,9 @@ from transformers.pytorch_utils import Conv1D
 
 from bayou.checkpoint import DTYPES, WORDS, Output, atomic, write_safetensors
 from bayou.errors import BadInput
-from bayou.integrations.adapter import Adapter, Change
+from bayou.integrations.adapter import Adapter, Progress
 from bayou.integrations.candidate import Candidate
-
-Progress = Callable[[str, int, int], None]
+from bayou.integrations.difference import Change
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's --max-lora-rank may be; it refuses an adapter whose r is above it."""
