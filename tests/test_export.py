@@ -88,6 +88,7 @@ def test_at_its_own_rank_every_linear_is_the_file_s(folder: Path, tmp_path: Path
         assert torch.allclose(product(tmp_path / "out", name.removesuffix(".weight")), delta, atol=1e-6), name
     assert config["target_modules"] == sorted({name.split(".")[-2] for name in linears})
     assert config["modules_to_save"] is None and config["lora_bias"] is False
+    assert config["base_model_name_or_path"] == str(folder / "base") and config["task_type"] == "CAUSAL_LM"
     assert found["kinds"]["linear"]["energy"] == pytest.approx(1, abs=1e-9)
     low, high = found["kinds"]["linear"]["ranks"]
     assert low < high == found["rank"] == config["r"], "the ranks differ, or the patterns go untested"
@@ -215,6 +216,7 @@ def test_new_tokens_are_lost_and_said_to_be_unless_the_tables_go_whole(tmp_path:
         export(folder, tmp_path / "none", data=tmp_path / "a.txt")
     found = export(folder, tmp_path / "full", embeddings="full", exact=True, data=tmp_path / "a.txt", dtype="float32")
     assert found["new_rows"] == 0 and found["data"]["kl"] < 1e-6
+    assert any("call resize_token_embeddings(131) on the base" in warning for warning in found["warnings"])
     config, tensors = stored(tmp_path / "full")
     assert {"lm_head", "model.embed_tokens"} < set(config["modules_to_save"])
     tuned = load_file(folder / "tuned" / "model.safetensors")["model.embed_tokens.weight"]

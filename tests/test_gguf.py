@@ -68,6 +68,15 @@ def test_a_gguf_lora_of_tables_and_in_bf16(folder: Path, tmp_path: Path) -> None
         assert (made - delta).norm() < 0.01 * delta.norm()
 
 
+def test_the_kl_is_that_of_the_peft_adapter_of_that_rank(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Every number of this text counts.\n" * 3)
+    options = {"rank": 12, "dtype": "float32", "data": tmp_path / "a.txt"}
+    ours = export(folder, tmp_path / "a.gguf", to="gguf-lora", **options)
+    theirs = export(folder, tmp_path / "out", **options)
+    assert ours["data"]["kl"] == pytest.approx(theirs["data"]["kl"], rel=1e-4) and ours["data"]["kl"] > 1e-3
+    assert ours["kinds"]["linear"]["energy"] == pytest.approx(theirs["kinds"]["linear"]["energy"])
+
+
 def alpha_of(path: Path) -> float:
     return float(gguf.GGUFReader(path).fields["adapter.lora.alpha"].contents())
 
