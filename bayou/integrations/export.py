@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from bayou import skeleton
 from bayou.calibrate import read_tokenizer
@@ -169,7 +170,7 @@ def _warnings(adapter: Adapter, to: str) -> list[str]:
 
 def table(found: dict[str, Any]) -> Group:
     """`export`'s answer for people."""
-    shown = Table(title=f"{found['path']}: {found['bytes']:,} bytes, rank {found['rank']}")
+    shown = Table(title=Text(f"{found['path']}: {found['bytes']:,} bytes, rank {found['rank']}"))
     for heading in ("", "tensors", "as", "ranks", "energy kept", "delta / base"):
         shown.add_column(heading, justify="left" if heading in ("", "as") else "right")
     for name, kind in found["kinds"].items():
@@ -186,4 +187,7 @@ def table(found: dict[str, Any]) -> Group:
         lines.append(f"vLLM will not take it: {'; '.join(server['objections'])}")
     elif server:
         lines.append(f"vLLM: vllm serve BASE --enable-lora --max-lora-rank {server['max_lora_rank']}")
-    return Group(shown, *lines, *(f"warning: {line}" for line in found["warnings"]))
+    else:
+        lines.append(f"llama.cpp: llama-server -m BASE.gguf --lora {found['path']}")
+    lines += [f"warning: {line}" for line in found["warnings"]]
+    return Group(shown, *map(Text, lines))
