@@ -30,7 +30,14 @@ def ungguf(rows: Tensor, heads: int) -> Tensor:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("llama_gqa", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("gpt2", "gpt2"), ("phi3", "phi3")],
+    [
+        ("llama_gqa", "llama"),
+        ("mistral", "llama"),
+        ("qwen2", "qwen2"),
+        ("gpt2", "gpt2"),
+        ("phi3", "phi3"),
+        ("gemma3", "gemma3"),
+    ],
 )
 def test_a_gguf_lora_says_what_the_file_says(tmp_path: Path, name: str, architecture: str) -> None:
     folder = make(tmp_path / "in", name)
