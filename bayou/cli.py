@@ -250,7 +250,8 @@ def verify(
     """Check every byte of a file, and with --base that the base is the right one."""
     from bayou import report
 
-    found = report.verify(file, base)
+    with _Bars() as bars:
+        found = report.verify(file, base, bars.show)
     against = f", and {found['base_tensors']} tensors of the base are the right ones" if base else ""
     print(f"{file}: sound; {found['entries']} entries, {found['bytes']:,} bytes, root {found['root'][:16]}{against}")
     _finish(as_json, found)
@@ -270,10 +271,9 @@ def restore(
     """Write the model of a file as an ordinary Hugging Face folder."""
     from bayou.restore import restore as run
 
-    if file is None:  # the one argument is the file, which leans on no base
-        folder = run(None, base, out, dtype=dtype, max_shard_size=max_shard_size)
-    else:
-        folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
+    lender, path = (base, file) if file is not None else (None, base)  # one argument is a file that leans on no base
+    with _Bars() as bars:
+        folder = run(lender, path, out, dtype=dtype, max_shard_size=max_shard_size, progress=bars.show)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of weights")
     _finish(as_json, {"path": str(folder), "bytes": size})

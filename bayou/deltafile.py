@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import weakref
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -296,10 +297,15 @@ class DeltaFile:
             if not fits:
                 raise BadFile(f"{self.path}: site {site.name!r} is {site.disk_shape}, its reference {shape}")
 
-    def verify(self) -> int:
-        """Read and check every entry, and decode the structure of each site; returns the entries checked."""
-        for name in self._entries:
+    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> int:
+        """Read and check every entry, and decode the structure of each site; returns the entries checked.
+
+        progress: called with ("entries", done, all) after each entry.
+        """
+        for done, name in enumerate(self._entries):
             self.read_raw(name)
+            if progress is not None:
+                progress("entries", done + 1, len(self._entries))
         for name in self.sites:
             self.delta(name)
         return len(self._entries)
