@@ -12,6 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -192,6 +193,10 @@ class Checkpoint:
         """Shape on disk."""
         return self._entries[name][1].shape
 
+    def tensor_nbytes(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return self._entries[name][1].stop - self._entries[name][1].start
+
     def word(self, name: str) -> str:
         """safetensors' word for the dtype, e.g. BF16."""
         return self._entries[name][1].dtype
@@ -230,26 +235,22 @@ class Checkpoint:
         A file is unchanged when its path, size, modification time in nanoseconds and inode are, or when it is a blob
         of the Hub's cache, whose name is its sha256. rehash: read every byte all the same.
         """
-        caches: dict[str, dict[str, str]] = {}
-        result, fresh = {}, set()
-        for name in names:
-            file_name = self._entries[name][0]
-            known = caches.setdefault(file_name, {} if rehash else _cached(self._key(file_name)))
-            if name not in known:
-                known[name] = self.fingerprint(name).hex()
-                fresh.add(file_name)
-            result[name] = bytes.fromhex(known[name])
-        for file_name in fresh:
-            _cache(self._key(file_name), caches[file_name])
-        return result
+        file_of = {name: self._entries[name][0] for name in names}
+        known = {file: {} if rehash else _cached(self._key(file)) for file in set(file_of.values())}
+        missing = [name for name, file in file_of.items() if name not in known[file]]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashing and reading let other threads run
+            for name, digest in zip(missing, pool.map(self.fingerprint, missing), strict=True):
+                known[file_of[name]][name] = digest.hex()
+        for file in {file_of[name] for name in missing}:
+            _cache(self._key(file), known[file])
+        return {name: bytes.fromhex(known[file][name]) for name, file in file_of.items()}
 
     def _key(self, file_name: str) -> str:
         path = (self.folder / file_name).resolve()
         if re.fullmatch(r"[0-9a-f]{64}", path.name) and path.parent.name == "blobs":
             return path.name
         stat = path.stat()
-        identity = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]).encode()).hexdigest()
 
 
 def _cache_file(key: str) -> Path:

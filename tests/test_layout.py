@@ -32,7 +32,8 @@ ORDER = (
         "sharing",
     ),
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
-    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *("moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight", "ahead", "workers", "encoder"),
+    *("compress", "evaluate", "report"),
     *("lora", "student", "objective", "train", "tune", "baselines"),
     *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
 )

@@ -135,7 +135,8 @@ def encode_many(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> lis
     rows takes no longer than one of few.
     """
     common = options[0]
-    codings = [_Coding(site, chosen["rank"], common["bands"], common["group"]) for site, chosen in zip(sites, options)]
+    ranks = [chosen["rank"] for chosen in options]
+    codings = [_Coding(*pair, common["bands"], common["group"]) for pair in zip(sites, ranks, strict=True)]
     damping, act_order, refit = common["damping"], common["act_order"], common["refit"]
     for alike in _alike(codings, lambda coding: (id(coding.site.gram), coding.v.shape[1])):
         _round_v(alike, damping, act_order)
