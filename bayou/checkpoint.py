@@ -122,26 +122,28 @@ def _entry(name: str, value: dict[str, Any], data: int) -> Entry:
 def read_bytes(file: BinaryIO, start: int, stop: int) -> bytearray:
     """Bytes start:stop of an open file. Raises BadFile where the file ends before."""
     buffer = bytearray(stop - start)
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
+    read_into(memoryview(buffer), file, start)
+    return buffer
+
+
+def read_into(view: memoryview, file: BinaryIO, start: int) -> None:
+    """Fill `view` with the file's bytes from `start` on. Raises BadFile where the file ends before."""
+    done = 0
+    while done < len(view):
         got = os.preadv(file.fileno(), [view[done : done + 2**30]], start + done)
         if got == 0:
             raise BadFile(f"{file.name}: the file ended at byte {start + done:,}; it changed while being read")
         done += got
-    return buffer
 
 
 def as_tensor(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The bytes as a tensor, without a copy."""
-    if not buffer:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape) if buffer else torch.empty(shape, dtype=dtype)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, little-endian, row after row."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 class Checkpoint:
@@ -270,9 +272,9 @@ def _cached(key: str) -> dict[str, str]:
 
 def _cache(key: str, values: dict[str, str]) -> None:
     path = _cache_file(key)
+    temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):  # a read-only home only costs the next run some hashing
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
         try:
             temporary.write_text(json.dumps(values))
             os.replace(temporary, path)
@@ -303,9 +305,7 @@ def _weight_files(folder: Path) -> list[str]:
     if found:
         raise BadInput(f"{folder} has {len(found)} safetensors files and no model.safetensors.index.json")
     if (folder / "adapter_model.safetensors").is_file():
-        raise BadInput(
-            f"{folder} holds an adapter; merge it into its base first (peft: merge_and_unload, save_pretrained)"
-        )
+        raise BadInput(f"{folder} holds an adapter; merge it into its base first (merge_and_unload, save_pretrained)")
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise BadInput(f"{folder} holds pickled weights only; save it again with safe_serialization=True")
     raise BadInput(f"{folder} has no model.safetensors and no shards")
