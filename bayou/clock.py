@@ -24,8 +24,8 @@ def measuring() -> Iterator[dict[str, float]]:
 
 @contextmanager
 def exact(finish: Callable[[], None]) -> Iterator[None]:
-    """Inside, `finish` (torch.cuda.synchronize) runs at both ends of every step: each is charged its own work on the
-    device, at the price of some overlap."""
+    """Inside, `finish` (a synchronisation) runs at both ends of every step: each is charged its own work on the device,
+    at the price of some overlap."""
     mark = _finish.set(finish)
     try:
         yield

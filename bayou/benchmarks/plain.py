@@ -1,7 +1,7 @@
 """A layer compressed the way that the paper's code does it, as the yardstick for ours.
 
-For each matrix a full SVD; for each of three bands of its singular vectors, and each of the four groups of matrices with
-one input, a pass over the calibration text for V's Hessian and one for U's, then a pass for the band's outputs: 27
+For each matrix a full SVD; for each of three bands of its singular vectors, and each of the four groups of matrices
+with one input, a pass over the calibration text for V's Hessian and one for U's, then a pass for the band's outputs: 27
 passes a layer, a window at a time. Every matrix and band has a Hessian, a factorisation and a loop over its columns of
 its own, in PyTorch operations. (The paper's code also rebuilds the dense weight for every window; this does not.)
 """
@@ -26,12 +26,8 @@ def layer(
     base: MemoryCheckpoint, tuned: MemoryCheckpoint, shape: Shape, windows: Tensor, ranks: dict[str, int], device: str
 ) -> dict[str, Any]:
     """Do layer 0 so, to the same `ranks` by name; seconds, steps and passes."""
-    names = {
-        word: name
-        for word in ["q", "k", "v", "o", "gate", "up", "down"]
-        for name in shape.linears()
-        if f".{word}_" in name
-    }
+    words = [word for group in GROUPS for word in group]
+    names = {word: name for word in words for name in shape.linears() if f".{word}_" in name}
     model = skeleton.build(tuned.folder)
     places = skeleton.places(model, tuned.names())
     dtype = torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16

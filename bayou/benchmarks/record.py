@@ -34,6 +34,6 @@ def write(path: Path | None, found: dict[str, Any]) -> None:
 
 
 def finish(device: str) -> None:
-    """Wait until the device has done all that it was given."""
+    """Wait until the device has done what it was given here; what other threads copy meanwhile is not waited for."""
     if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
+        torch.cuda.current_stream(device).synchronize()
