@@ -166,7 +166,7 @@ def _steps(seconds: dict[str, float], work: dict[str, float]) -> dict[str, dict[
     for name, spent in sorted(seconds.items(), key=lambda item: -item[1]):
         found[name] = {"seconds": round(spent, 4)}
         if name in work and spent:
-            found[name] |= {"gflop": round(work[name] / 1e9, 1), "tflops": round(work[name] / spent / 1e12, 2)}
+            found[name] |= {"gflop": round(work[name] / 1e9, 4), "tflops": round(work[name] / spent / 1e12, 2)}
     return found
 
 

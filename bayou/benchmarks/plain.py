@@ -106,12 +106,12 @@ def column_loop(w: Tensor, hessian: Tensor, bits: int, group: int = 128, damping
         low, high = part.amin(1, keepdim=True).clamp_max(0), part.amax(1, keepdim=True).clamp_min(0)
         step = ((high - low) / top).clamp_min(1e-8)
         scale[:, first : first + group], zero[:, first : first + group] = step, (-low / step).round()
-    h = hessian.clone()
+    h = hessian.double()  # in fp32, as in the paper's code, this may fail; on a GPU with fp64 units it is as fast
     diagonal = h.diagonal()
     diagonal += damping * diagonal.mean() + 1e-8
     order = diagonal.argsort(descending=True)
     h, w, scale, zero = h[order][:, order], w[:, order].clone(), scale[:, order], zero[:, order]
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     for first in range(0, cols, 128):
         last = min(first + 128, cols)
         errors = torch.zeros(rows, last - first, device=w.device)
