@@ -57,7 +57,7 @@ def factorize(hessian: Tensor, *, damping: float = 0.01, act_order: bool = True)
 def root_of_inverse(h: Tensor) -> Tensor:
     """The upper triangular R with R^T R = H^-1, for a positive definite `h` (..., n, n).
 
-    By one Cholesky and one triangular inverse, less than half the work of inverting H and factorising that: with
+    By one Cholesky and one triangular inverse, half the work of inverting H and factorising that: with
     the rows and columns in reverse, J H J = L L^T, so H = M M^T with M = J L J upper triangular, and R = M^-1.
     """
     lower = torch.linalg.cholesky(h.flip(-1, -2))

@@ -158,8 +158,9 @@ def encode_many(name: str, sites: Sequence[Site], options: Sequence[dict[str, An
     options: of each site, complete; they differ in the rank at most.
     """
     module = get(name)
-    if len(sites) > 1 and hasattr(module, "encode_many"):
-        return list(module.encode_many(sites, options))
+    many = getattr(module, "encode_many", None)
+    if len(sites) > 1 and many is not None:
+        return list(many(sites, options))
     return [module.encode(site, **chosen) for site, chosen in zip(sites, options, strict=True)]
 
 

@@ -125,7 +125,7 @@ def encode(
     worse where it is not.
     """
     given = {"bands": bands, "group": group, "damping": damping, "act_order": act_order}
-    return encode_many([site], [given | {"rank": rank, "refit": refit, "ridge": ridge, "strength": strength}])[0]
+    return _encode([site], [given | {"rank": rank, "refit": refit, "ridge": ridge, "strength": strength}])[0]
 
 
 def encode_many(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tuple[Term, ...]]:
@@ -134,6 +134,10 @@ def encode_many(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> lis
     The Vs of all sites with one gram are rounded in one sweep, as are the Us of one shape: for a GPU a sweep of many
     rows takes no longer than one of few.
     """
+    return _encode(sites, options)
+
+
+def _encode(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tuple[Term, ...]]:
     common = options[0]
     ranks = [chosen["rank"] for chosen in options]
     codings = [_Coding(*pair, common["bands"], common["group"]) for pair in zip(sites, ranks, strict=True)]
