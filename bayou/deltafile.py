@@ -15,9 +15,11 @@ and `verify` reads all.
 
 import hashlib
 import json
+import os
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -26,12 +28,13 @@ import torch
 from torch import Tensor
 
 from bayou import plan, sidecar
-from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, resolve
+from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, read_into, resolve
 from bayou.contents import FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
 from bayou.errors import BadFile, BadInput, DamagedFile, WrongBase
 from bayou.plan import SiteRecord
+from bayou.staging import PIECE, Staging
 
 _MAX_ELEMENTS = 2**40
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
@@ -205,14 +208,47 @@ class DeltaFile:
         entry = self._entries[name]
         raw = read_bytes(self._file, entry.start, entry.stop)
         if name in self._digests and hashlib.sha256(raw).digest() != self._digests[name]:
-            raise DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
+            raise self._damaged(name)
         return raw
+
+    def _damaged(self, name: str) -> DamagedFile:
+        return DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
 
     def delta(self, name: str) -> Delta:
         """The delta of one site, checked."""
         site = self.sites[name]
         buffer = as_tensor(self.read_raw(name), torch.uint8, (site.nbytes,))
         return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
+
+    def deltas(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Delta]:
+        """The deltas of several sites on `device`, checked, by name.
+
+        Threads read and hash them, and copy them to a GPU piece by piece out of page-locked memory.
+        """
+        wanted, device = list(dict.fromkeys(names)), torch.device(device)
+        # The largest first, so that no thread ends with one when all others are through.
+        order = sorted(wanted, key=lambda name: -self.entry_nbytes(name))
+        staging = None if device.type == "cpu" else Staging(device)
+
+        def one(name: str) -> Delta:
+            return self.delta(name) if staging is None else self._staged(name, staging, device)
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "load") as pool:
+            found = dict(zip(order, pool.map(one, order), strict=True))
+        return {name: found[name] for name in wanted}
+
+    def _staged(self, name: str, staging: Staging, device: torch.device) -> Delta:
+        site, entry = self.sites[name], self._entries[name]
+        placed, digest = torch.empty(site.nbytes, dtype=torch.uint8, device=device), hashlib.sha256()
+        for start in range(0, site.nbytes, PIECE):
+            count = min(PIECE, site.nbytes - start)
+            piece = staging.buffer[:count].numpy().data
+            read_into(piece, self._file, entry.start + start)
+            digest.update(piece)
+            staging.copy(count, placed[start : start + count])
+        if digest.digest() != self._digests[name]:
+            raise self._damaged(name)
+        return Delta(site.shape, unpack_terms(placed, site.terms, site.shape), site.reference, site.gain)
 
     def read_exact(self, name: str) -> Tensor:
         """An exact tensor ("name") or grown rows ("name[32000:]"), checked."""

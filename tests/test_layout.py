@@ -31,10 +31,22 @@ ORDER = (
         "allocate",
         "sharing",
     ),
-    *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
-    *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
+    *(
+        "checkpoint",
+        "sidecar",
+        "contents",
+        "entry",
+        "staging",
+        "deltafile",
+        "journal",
+        "skeleton",
+        "inventory",
+        "restore",
+    ),
+    *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
+    *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
     *("lora", "student", "objective", "train", "tune", "baselines"),
-    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
+    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
