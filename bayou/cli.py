@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | eval | bench`."""
 
 import json
 import sys
@@ -303,6 +303,25 @@ def evaluate(
     candidate = read_model(file, device) if file.is_dir() else load(base, file, device=device)
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
+    _finish(as_json, found)
+
+
+@app.command(epilog="Example: bayou bench kernels --quick")
+def bench(
+    what: Annotated[str, typer.Argument(metavar="compress|kernels", help="What to measure.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The JSON file; in bench/results unless given.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A part of it only, in less than a minute.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure this GPU: compression, or the kernels that multiply by packed deltas."""
+    from bayou import benchmarks
+
+    found, tables, path = benchmarks.run(what, out, quick)
+    for table in tables:
+        Console().print(table)
+    print(path)
     _finish(as_json, found)
 
 

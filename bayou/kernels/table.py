@@ -45,8 +45,8 @@ VARIANTS = {
     (4, "only", "run"): 9,
 }
 PLAIN = {1: 10, 2: 11, 4: 12, 8: 13}
-"""Loops for planes that need masks, by width. 14 is that of everything else."""
-ANYTHING = 14
+"""Loops for planes that need masks, by width. The last two are for other groups and for floats."""
+CODES, FLOATS = 14, 15
 
 Terms = Sequence[Any]
 """LowRank and Dense of delta.py, which imports this package."""
@@ -75,7 +75,8 @@ class Table:
         self.device = torch.device(device)
         self.terms: list[Sequence[Terms]] = [[()] * len(shapes)] * slots
         self._kept: list[Any] = [None] * slots
-        self.variants = 0
+        self.variants = dict.fromkeys(("shrink", "expand", "dense"), 0)
+        """The loops that each launch needs, as bits: VARIANTS, PLAIN, CODES and FLOATS."""
         self.scaled = False
         drafts = [self._draft(deltas) for deltas in like]
         self.ranks = max((draft.ranks for draft in drafts), default=0)
@@ -98,7 +99,8 @@ class Table:
     def key(self) -> str:
         """What a choice of tiles depends on, but for the number of rows."""
         shapes = "+".join(str(out) for out, _ in self.shapes)
-        return f"{shapes}x{self.shapes[0][1]}r{self.ranks}v{self.variants:x}"
+        variants = "-".join(f"{bits:x}" for bits in self.variants.values())
+        return f"{shapes}x{self.shapes[0][1]} ranks {self.ranks} loops {variants}"
 
     def scratch(self, rows: int) -> Tensor:
         """Memory that a product of `rows` rows in all needs: SLICES (1 for many rows) times (rows, ranks) fp32."""
@@ -127,8 +129,9 @@ class Table:
         self.write(slot, [()] * len(self.shapes))
 
     def _allow(self, draft: "_Draft") -> bool:
-        before = self.variants, self.scaled
-        self.variants |= draft.variants
+        before = dict(self.variants), self.scaled
+        for stage, variants in draft.variants.items():
+            self.variants[stage] |= variants
         self.scaled |= draft.scaled
         return before != (self.variants, self.scaled)
 
@@ -150,7 +153,8 @@ class _Draft:
         self.device = device
         self.records: dict[str, list[list[int]]] = {"shrink": [], "expand": [], "dense": []}
         self.bounds = {stage: [0] for stage in self.records}
-        self.ranks = self.variants = 0
+        self.variants = dict.fromkeys(self.records, 0)
+        self.ranks = 0
         self.scaled = False
         self.kept: list[Any] = []
 
@@ -166,7 +170,7 @@ class _Draft:
         if not hasattr(term, "blocks"):
             if term.weight.shape != shape:
                 raise BadInput(f"a term of shape {term.weight.shape} was given for a projection of {shape}")
-            record = self._record(term.weight, gain=term.gain, scale_in=scale_in, scale_out=scale_out)
+            record = self._record("dense", term.weight, gain=term.gain, scale_in=scale_in, scale_out=scale_out)
             self.records["dense"].append(record)
             return
         for first, last in _runs([u for u, _ in term.blocks]):
@@ -174,12 +178,14 @@ class _Draft:
             if (u.shape[0], v.shape[1]) != shape or u.shape[1] != v.shape[0]:
                 raise BadInput(f"a block of {u.shape} times {v.shape} was given for a projection of {shape}")
             follower = term.blocks[first + 1][0] if last - first > 1 else None
-            record = self._record(u, gain=term.gain, scale_out=scale_out, count=last - first, follower=follower)
+            record = self._record(
+                "expand", u, gain=term.gain, scale_out=scale_out, count=last - first, follower=follower
+            )
             record[13] = self.ranks
             self.records["expand"].append(record)
             for _, part in term.blocks[first:last]:
                 for row in range(0, part.shape[0], BLOCK):
-                    record = self._record(part, scale_in=scale_in, start=row)
+                    record = self._record("shrink", part, scale_in=scale_in, start=row)
                     record[14] = self.ranks + row
                     self.records["shrink"].append(record)
                 self.ranks += part.shape[0]
@@ -192,6 +198,7 @@ class _Draft:
 
     def _record(
         self,
+        stage: str,
         packed: Packed,
         *,
         gain: float = 1.0,
@@ -222,10 +229,10 @@ class _Draft:
         if spec.floats:
             record[0] = packed.parts[0].data_ptr() + row * cols * packed.parts[0].itemsize
             record[12], record[15] = FLOAT_KINDS[spec.floats], 32
-            self.variants |= 1 << ANYTHING
+            self.variants[stage] |= 1 << FLOATS
             return record
         widths = PLANES[spec.bits]
-        grouped = bool(spec.group) and spec.group < cols
+        grouped = 0 < (spec.group or 0) < cols
         groups = spec.groups(cols)
         if grouped:
             record[10], record[11] = int(spec.group or 0), groups
@@ -240,7 +247,7 @@ class _Draft:
         record[16] = row * groups
         if grouped and record[10] % 16:
             record[12], record[15] = 2, 32
-            self.variants |= 1 << ANYTHING
+            self.variants[stage] |= 1 << CODES
             return record
         record[15] = record[10] if grouped else 256
         for p, width in enumerate(widths):
@@ -252,7 +259,7 @@ class _Draft:
             record[23 + p], record[26 + p] = step, variant
             if lies == "halves":
                 record[15] = 256
-            self.variants |= 1 << variant
+            self.variants[stage] |= 1 << variant
         if follower is not None:
             moves = [b.data_ptr() - a.data_ptr() for a, b in zip(packed.parts, follower.parts, strict=True)]
             record[8], record[29] = cols * count, moves[0] // 2

@@ -17,12 +17,16 @@ import torch
 
 @dataclass(frozen=True)
 class Choice:
-    """tile: rows of the delta's matrix a program. warps, stages: Triton's. split: parts of the columns, of shrink."""
+    """tile: rows of the delta's matrix a program. warps, stages: Triton's. split: parts of the columns, of shrink.
+
+    registers: a thread's at most. Left alone, the compiler takes 255 for the loops that hardly ever run.
+    """
 
     tile: int = 64
     warps: int = 4
     stages: int = 3
     split: int = 1
+    registers: int = 128
 
 
 Pair = tuple[Choice, Choice]
