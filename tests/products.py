@@ -159,7 +159,8 @@ def sizes(shape: tuple[int, int], rank: int, rows: int) -> Case:
 
 
 def format_case(spec: str, cols: int) -> Case:
-    return lambda device: one(dense(spec, (70, cols), device), (70, cols), 3, device)
+    shape = (20 if cols <= 512 else 150, cols)
+    return lambda device: one(dense(spec, shape, device), shape, 3, device)
 
 
 def tile_case(tile: int, warps: int, split: int) -> Case:
@@ -214,8 +215,9 @@ def small() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for bits in range(1, 9):
         for i, group in enumerate(GROUPS):
-            cols = 512 if i < 5 else 100
-            cases[f"{bits}{group}"] = format_case(f"{bits}{group}", cols)
+            cases[f"{bits}{group}"] = format_case(
+                f"{bits}{group}", 512 if i < 5 and bits < 3 else 256 if i < 5 else 100
+            )
         cases[f"{bits}g128z odd"] = format_case(f"{bits}g128z", 300)
     for kind in ("f16", "bf16", "f32"):
         cases[kind] = format_case(kind, 100)

@@ -86,6 +86,7 @@ def plane(
     PER: tl.constexpr = 16 // WIDTH
     J: tl.constexpr = 8 * WIDTH if WIDTH > 1 else 16
     LIFT: tl.constexpr = 6 // WIDTH if WIDTH < 8 else 1
+    LOG: tl.constexpr = 2 if WIDTH == 8 else 3 if WIDTH == 4 else 4 if WIDTH == 2 else 5  # a word holds 2^LOG codes
     cols = tl.load(rec + 8).to(tl.int32)
     group = tl.load(rec + 10).to(tl.int32)
     groups = tl.load(rec + 11).to(tl.int32)
@@ -131,7 +132,6 @@ def plane(
                 index = row * groups + (c + half * 128) // group
             z = tl.zeros_like(factor)
             if FIRST == 2:
-                LOG: tl.constexpr = 2 if WIDTH == 8 else 3 if WIDTH == 4 else 4 if WIDTH == 2 else 5
                 at = index + first_zero
                 has = zero_at != 0
                 word = tl.load(zero_words + c // 128 * run_zeros + (at >> LOG), mask=everywhere & has, other=0)

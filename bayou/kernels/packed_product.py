@@ -105,7 +105,8 @@ def launch(
     shrink, rest = chosen or choice(table.key, segments, most)
     mine = shrink if stage == "shrink" else rest
     parts = 2 if stage == "expand" or x.dtype != torch.bfloat16 or table.scaled else 1
-    rows = max(8 // parts, min(64 // parts, 1 << (most - 1).bit_length()))
+    # More columns of the tensor core's tile than 32 would not fit registers and shared memory.
+    rows = max(8 // parts, min(32 // parts, 1 << (most - 1).bit_length()))
     row_tiles = -(-most // rows)
     if stage == "shrink":
         tiles = [table.lists[stage][0].shape[1] * (BLOCK // mine.tile)]

@@ -44,6 +44,8 @@ def _name(key: str, segments: int, most: int) -> str:
 
 def _default(segments: int, most: int) -> Pair:
     """Small tiles where there are few programs."""
+    if most > 4:
+        return Choice(64, 4, 2, 4 if segments * most <= 64 else 1), Choice(64, 4, 2)
     if segments * most <= 2:
         return Choice(32, 2, 3, 4), Choice(32, 2, 3)
     if segments <= 8:
@@ -53,14 +55,12 @@ def _default(segments: int, most: int) -> Pair:
 
 SHRINK = tuple(
     Choice(tile, warps, stages, split)
-    for tile, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4))
+    for tile, warps in ((32, 2), (64, 2), (64, 4), (128, 4))
     for stages in (3,)
     for split in (1, 4)
 )
 REST = tuple(
-    Choice(tile, warps, stages)
-    for tile, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 4), (256, 8))
-    for stages in (3,)
+    Choice(tile, warps, stages) for tile, warps in ((32, 2), (64, 2), (64, 4), (128, 4), (256, 8)) for stages in (3,)
 )
 
 
