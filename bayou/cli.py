@@ -155,11 +155,13 @@ def share(
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     train: Annotated[str | None, typer.Option(help="Train the deltas on this text or .jsonl file.")] = None,
     tokens: Annotated[str, typer.Option(help="--train: tokens, e.g. 15M.")] = "15M",
-    rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
+    rate: Annotated[float | None, typer.Option(help="--train: peak learning rate; 1e-3 unless given.")] = None,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
+    pmr_start: Annotated[float, typer.Option(help="--train: share replaced at the start.")] = 0.3,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
+    search: Annotated[int, typer.Option(help="--train: first try so many rates, alphas and PMR starts.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
     revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
@@ -174,14 +176,17 @@ def share(
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
     training = None
-    if train is None and (tokens, rate, alpha, pmr, blend, lora) != ("15M", 1e-3, 0.5, True, False, 0):
+    how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, search)
+    if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, 0):
         raise BadInput(
-            "--tokens, --rate, --alpha, --no-pmr, --blend and --lora say how to train; give --train TEXT with them "
-            "(tokens to calibrate on are --calibration-tokens)"
+            "--tokens, --rate, --alpha, --no-pmr, --blend, --pmr-start, --lora and --search say how to train; give "
+            "--train TEXT with them (tokens to calibrate on are --calibration-tokens)"
         )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
-        training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
+        training = Training(
+            train, amount, rate, alpha, progressive=pmr, blend=blend, start=pmr_start, lora=lora, search=search
+        )
     with _Bars() as bars:
         report = run(
             model,
@@ -209,6 +214,9 @@ def share(
         f"({100 * report.removed_of_layers:.2f} % without embeddings)"
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
+    if found := report.training.get("search"):
+        best = ", ".join(f"{name} {value:.3g}" for name, value in found["chosen"].items())
+        print(f"  chosen of {len(found['trials'])} trials on {found['trial_tokens']:,} tokens each: {best}")
     if report.training:
         print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
         if report.training["returns"]:

@@ -1,0 +1,171 @@
+"""bayou share --train: the search for how to train, and what is kept of it."""
+
+import importlib
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pico
+import pytest
+import torch
+from test_share import FEW, agree
+
+from bayou import recover, tune
+from bayou.cli import main
+from bayou.draft import Draft, draw_up
+from bayou.errors import BadInput, Diverged, JournalMismatch
+from bayou.layouts import Dial
+from bayou.recover import Training, train
+
+DIAL = Dial(blocks=(3,), rank=4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return pico.pico("llama_gqa", tmp_path_factory.mktemp("recover") / "model", num_hidden_layers=6)
+
+
+@pytest.fixture
+def training(tmp_path: Path) -> Training:
+    (tmp_path / "a.txt").write_text("The quick brown fox jumps over the lazy dog.\n\n" * 200)
+    return Training(tmp_path / "a.txt", tokens=60 * 4 * 32, batch=4, length=32, rate=5e-3, search=3)
+
+
+def grid(measured: Any, ranges: Any, *, trials: int, seed: int) -> Any:
+    """What tune.search does, without optuna: the given numbers, then rates ever larger."""
+    first = {name: where.first for name, where in ranges.items()}
+    tried = []
+    for i in range(trials):
+        values = first | {"rate": first["rate"] * 2**i, "alpha": 1 / (i + 1)}
+        try:
+            tried.append((values, measured(values)))
+        except Diverged:
+            tried.append((values, math.inf))
+    return min(tried, key=lambda item: item[1])[0], tried
+
+
+@pytest.fixture
+def without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "require", lambda: None)
+    monkeypatch.setattr(tune, "search", grid)
+
+
+def trained(model: Path, training: Training, checkpoint: Path, steps: list[str] | None = None) -> Draft:
+    draft = draw_up(model, dial=DIAL, initialisation="zero", **FEW)
+    return train(draft, training, checkpoint, lambda step, *_: None if steps is None else steps.append(step))
+
+
+@pytest.mark.usefixtures("without_optuna")
+def test_the_numbers_of_least_held_out_loss_train(model: Path, training: Training, tmp_path: Path) -> None:
+    steps: list[str] = []
+    made = trained(model, training, tmp_path / "c", steps)
+    told = made.trained["search"]
+    best = min(told["trials"], key=lambda trial: trial["loss"])
+    assert len(told["trials"]) == 3 and len({trial["loss"] for trial in told["trials"]}) == 3
+    assert told["chosen"] == {name: best[name] for name in ("rate", "alpha", "start")}
+    assert told["trial_tokens"] == 6 * 4 * 32 and told["held_out"] % 32 == 0
+    assert made.trained["rate"] == best["rate"] and made.trained["alpha"] == best["alpha"]
+    assert steps[0].startswith("search: trial 1 of 3, loss ") and steps[18].startswith("train: loss ")
+    plain = trained(model, replace(training, search=0, **told["chosen"]), tmp_path / "d")
+    assert all(torch.equal(a.u, b.u) for a, b in zip(made.shared.ties, plain.shared.ties, strict=True))
+    assert "search" not in plain.trained
+
+
+@pytest.mark.usefixtures("without_optuna")
+def test_a_stopped_search_goes_on_and_leaves_the_checkpoint_alone(
+    model: Path, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained(model, training, tmp_path / "whole")
+    fits: list[Any] = []
+    fit = recover.trainer.fit
+
+    def counted(*words: Any, **options: Any) -> Any:
+        fits.append(options["checkpoint"])
+        if len(fits) == 3:
+            raise KeyboardInterrupt
+        return fit(*words, **options)
+
+    monkeypatch.setattr(recover.trainer, "fit", counted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(model, training, tmp_path / "c")
+    assert len(json.loads((tmp_path / "c.search").read_text())["trials"]) == 2 and not (tmp_path / "c").exists()
+    again = trained(model, training, tmp_path / "c")
+    assert fits == [None] * 4 + [tmp_path / "c"]
+    assert again.trained["search"] == whole.trained["search"]
+    assert all(torch.equal(a.u, b.u) for a, b in zip(again.shared.ties, whole.shared.ties, strict=True))
+    for other in (replace(training, tokens=999), replace(training, lora=2), replace(training, rate=1e-3)):
+        with pytest.raises(JournalMismatch, match=r"c\.search is of a search with another"):
+            trained(model, other, tmp_path / "c")
+    (tmp_path / "c.search").write_text("{")
+    with pytest.raises(JournalMismatch, match=r"c\.search holds no trials"):
+        trained(model, training, tmp_path / "c")
+
+
+@pytest.mark.usefixtures("without_optuna")
+def test_a_trial_that_diverges_is_not_chosen(
+    model: Path, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = recover.trainer.fit
+
+    def diverging(pupils: Any, *words: Any, **options: Any) -> Any:
+        if pupils[0].rate == 5e-3:
+            raise Diverged("too high")
+        return fit(pupils, *words, **options)
+
+    monkeypatch.setattr(recover.trainer, "fit", diverging)
+    told = trained(model, training, tmp_path / "c").trained["search"]
+    assert told["trials"][0]["loss"] == math.inf and told["chosen"]["rate"] > 5e-3
+    assert json.loads((tmp_path / "c.search").read_text())["trials"][0][1] == math.inf
+
+
+@pytest.mark.usefixtures("without_optuna")
+def test_the_command_tells_what_was_chosen_and_leaves_only_the_file(
+    model: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["share", str(model), "-o", str(tmp_path / "a.bayou"), "--blocks", "3", "--rank", "4", "--no-pmr"]
+    words += ["--train", str(training.text), "--tokens", "1500", "--search", "2", "--init", "zero", "--json"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    chosen = json.loads(last)["training"]["search"]["chosen"]
+    assert chosen.keys() == {"rate", "alpha"}  # no PMR, so no start
+    shown = f"rate {chosen['rate']:.3g}, alpha {chosen['alpha']:.3g}"
+    assert f"  chosen of 2 trials on 150 tokens each: {shown}" in lines
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt"]
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+
+
+def test_optuna_itself_chooses(model: Path, training: Training, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    told = trained(model, training, tmp_path / "c").trained["search"]
+    assert told["trials"][0]["rate"] == 5e-3 and told["trials"][0]["alpha"] == 0.5
+    assert len({trial["start"] for trial in told["trials"]}) == 3
+    (tmp_path / "c").unlink()
+    kept = (tmp_path / "c.search").read_bytes()
+    assert trained(model, training, tmp_path / "c").trained["search"] == told
+    assert (tmp_path / "c.search").read_bytes() == kept  # all trials were known
+
+
+def test_a_search_without_optuna_or_text_to_hold_out_is_refused_before_the_work(
+    model: Path, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("bayou.share")
+    with monkeypatch.context() as absent:
+        absent.setitem(sys.modules, "optuna", None)
+        absent.setattr(module, "draw_up", None)
+        with pytest.raises(BadInput, match=r"needs optuna: pip install 'bayou\[train\]'"):
+            module.share(model, tmp_path / "a.bayou", dial=DIAL, training=training)
+    monkeypatch.setattr(tune, "require", lambda: None)
+    with pytest.raises(BadInput, match="it fills but one"):
+        trained(model, replace(training, tokens=32), tmp_path / "c")
+    with pytest.raises(BadInput, match="-1 trials"):
+        replace(training, search=-1)
+    with pytest.raises(BadInput, match=r"PMR from 1\.5 on"):
+        replace(training, start=1.5)
+    with pytest.raises(BadInput, match="--pmr-start say how"):
+        replace(training, progressive=False, start=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
