@@ -155,7 +155,7 @@ def share(
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     train: Annotated[str | None, typer.Option(help="Train the deltas on this text or .jsonl file.")] = None,
     tokens: Annotated[str, typer.Option(help="--train: tokens, e.g. 15M.")] = "15M",
-    rate: Annotated[float | None, typer.Option(help="--train: peak learning rate; 1e-3 unless given.")] = None,
+    rate: Annotated[float | None, typer.Option(help="--train: peak learning rate; 1e-3, lastlayers 1e-4.")] = None,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,

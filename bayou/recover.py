@@ -5,6 +5,7 @@ first; their numbers are chosen by the loss on windows that they did not see, an
 beside the checkpoint, so that a run that was stopped goes on without doing them again.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 
 from bayou import objective, skeleton, student, tune
 from bayou import train as trainer
+from bayou.baselines.baseline import Baseline, load
 from bayou.checkpoint import atomic
 from bayou.draft import Draft
 from bayou.errors import BadInput, Diverged, JournalMismatch
@@ -28,8 +30,8 @@ from bayou.sharing import Shared
 from bayou.student import Replacement
 
 OWN = "deltallm"
-RATE = 1e-3
-"""Peak learning rate of factors and LoRAs, where none is given."""
+RATE, WHOLE_RATE = 1e-3, 1e-4
+"""Peak learning rates where none is given: of factors and LoRAs, and of matrices that are trained whole."""
 TRIAL = 10
 """A trial of a search trains on one of so many parts of the tokens."""
 HELD = 65_536
@@ -41,10 +43,13 @@ class Training:
     """How a smaller model is trained after its original (bayou.train); --train of the command.
 
     text: a text or .jsonl file. tokens: to train on; the text is taken again where it runs out. rate: peak of AdamW;
-    None is RATE. alpha: share of KL(model || student) in the loss, the rest is cross-entropy. progressive: Progressive
-    Module Replacement, whose probability begins at `start`; else the deltas run from the start. gain: train the gains
-    too. lora: rank of LoRA on the rest, 0: none. search: trials of rate, alpha and start, on a tenth of the tokens
-    each, those given first; the rate is looked for within a factor of ten.
+    None is RATE, or WHOLE_RATE. alpha: share of KL(model || student) in the loss, the rest is cross-entropy.
+    progressive: Progressive Module Replacement, whose probability begins at `start`; else the deltas run from the
+    start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none. search: trials of rate, alpha and start,
+    on a tenth of the tokens each, those given first; the rate is looked for within a factor of ten.
+
+    From progressive to start: of shared models alone. A rival's recovery is LoRA, or of some modules whole, as its
+    Baseline says.
     """
 
     text: str | Path
@@ -72,6 +77,12 @@ class Training:
         if not self.progressive and (self.blend or self.start != Replacement.start):
             raise BadInput("--blend and --pmr-start say how to replace progressively: leave out --no-pmr")
 
+    @property
+    def general(self) -> bool:
+        """Whether nothing is set that is of shared models alone."""
+        alone = (self.progressive, self.blend, self.gain, self.lora, self.start)
+        return alone == (True, False, True, 0, Replacement.start)
+
 
 def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:
     """The draft after training: its factors and gains, and, with LoRA on the rest, the tensors that it changed.
@@ -79,7 +90,7 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
     checkpoint: where the run is kept, and goes on from; a search's trials are in a file beside it. On the CPU in fp32.
     Raises BadInput, Diverged, JournalMismatch.
     """
-    original = draft.original
+    original, training = draft.original, replace(training, rate=training.rate or RATE)
     model = skeleton.build(original.folder)
     skeleton.fill(model, "", original.places, original.checkpoint.read, device=original.device)
     teacher = student.twin(model)
@@ -100,9 +111,8 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
             lora_rank=training.lora,
             seed=seed,
         )
-        identity = _identity(draft, training)
-        rate, parameters = training.rate or RATE, tuple(learner.parameters())
-        return trainer.Pupil(OWN, learner.model, parameters, rate, learner.advance, identity), learner
+        parameters, identity = tuple(learner.parameters()), _identity(draft, training)
+        return trainer.Pupil(OWN, learner.model, parameters, training.rate or RATE, learner.advance, identity), learner
 
     school = _School(original, teacher, training, _identity(draft, training), checkpoint, progress, seed)
     learner, told = school.taught(enrol)
@@ -111,6 +121,29 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
     changed = {by_path[path]: value.cpu() for path, value in learner.dense().items()}
     shared = Shared(learner.factors(), draft.shared.dropped)
     return replace(draft, shared=shared, tensors=draft.tensors | changed, trained=told)
+
+
+def train_rival(
+    original: Original, rival: Baseline, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0
+) -> tuple[Baseline, dict[str, Any]]:
+    """A rival after its recovery training (Baseline.trainable), and what that came to; otherwise as `train`."""
+    rate = training.rate or (WHOLE_RATE if rival.tuned else RATE)
+    training = replace(training, rate=rate, progressive=False, start=Replacement.start)
+    teacher = load(original.folder, device=original.device)
+    merged = rival.description.get("merged_layers")
+    what = [rival.name, rival.removed, rival.origin, sorted(rival.zeroed), rival.tuned, merged]
+    identity = hashlib.sha256(json.dumps([_fingerprints(original), what]).encode()).hexdigest()
+
+    def enrol(training: Training) -> tuple[trainer.Pupil, Baseline]:
+        # What is trained whole must be the student's own; LoRAs leave the matrices below them as they are.
+        model = copy.deepcopy(rival.model) if rival.tuned else student.twin(rival.model)
+        learner = replace(rival, model=model)
+        parameters = tuple(learner.trainable(seed=seed))
+        return trainer.Pupil(rival.name, model, parameters, training.rate or rate, None, identity), learner
+
+    learner, told = _School(original, teacher, training, identity, checkpoint, progress, seed).taught(enrol)
+    learner.finish()
+    return learner, told
 
 
 Learner = TypeVar("Learner")
@@ -198,7 +231,8 @@ class _School:
                 trials.keep(values, loss)
             return loss
 
-        rate = asked.rate or RATE
+        assert asked.rate is not None  # train and train_rival see to it
+        rate = asked.rate
         ranges = {
             "rate": tune.Range(rate / 10, rate * 10, rate, log=True),
             "alpha": tune.Range(0, 1, asked.alpha),
@@ -214,7 +248,7 @@ class _Trials:
     """What the trials of a search came to, in a file beside the checkpoint: OUT.train.search."""
 
     def __init__(self, checkpoint: Path, told: Any) -> None:
-        self._path = beside(checkpoint)
+        self._path = _beside(checkpoint)
         self._key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
         self._found: list[tuple[tune.Values, float]] = []
         if self._path.exists():
@@ -243,9 +277,14 @@ def _with(training: Training, values: tune.Values) -> Training:
     return replace(training, rate=values["rate"], alpha=values["alpha"], start=start)
 
 
-def beside(checkpoint: Path) -> Path:
-    """Where the trials lie that belong to a checkpoint."""
+def _beside(checkpoint: Path) -> Path:
     return checkpoint.with_name(checkpoint.name + ".search")
+
+
+def forget(checkpoint: Path) -> None:
+    """Remove what is kept of a training, and of the search before it."""
+    checkpoint.unlink(missing_ok=True)
+    _beside(checkpoint).unlink(missing_ok=True)
 
 
 def _agreed(loss: float) -> float:
@@ -277,10 +316,13 @@ def _identity(draft: Draft, training: Training) -> str:
 
     Not of the factors' values: another number of threads, or another GPU, may have rounded them otherwise.
     """
-    own = draft.original.checkpoint
-    model = [[name, found.hex()] for name, found in sorted(own.fingerprints(own.names()).items())]
     ties = [[tie.tensor, tie.reference, tie.u.shape[1]] for tie in draft.shared.ties]
     how = [draft.initialisation, training.progressive, training.blend, training.gain, training.lora, training.start]
     text = "" if draft.windows is None else hashlib.sha256(draft.windows.numpy().tobytes()).hexdigest()
-    told = [model, ties, sorted(draft.shared.dropped), sorted(draft.tensors), text, how]
+    told = [_fingerprints(draft.original), ties, sorted(draft.shared.dropped), sorted(draft.tensors), text, how]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _fingerprints(original: Original) -> list[list[str]]:
+    own = original.checkpoint
+    return [[name, found.hex()] for name, found in sorted(own.fingerprints(own.names()).items())]

@@ -1,7 +1,7 @@
 """`bayou share`: from a model to a smaller one whose layers share other layers' matrices. https://arxiv.org/abs/2501.18596
 
     the ties, in closed form     draft.draw_up
-    training, if asked for       recover.train
+    training, if asked for       recover.train, recover.train_rival
     the file                     sharedfile.write
 
 Methods other than `deltallm` are those of bayou.baselines.
@@ -18,7 +18,7 @@ from bayou.draft import DEFAULT, Draft, draw_up
 from bayou.errors import BadInput, Unsupported
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
-from bayou.recover import OWN, Training, beside, train
+from bayou.recover import OWN, Training, forget, train, train_rival
 from bayou.sharedfile import Report, calibrates, check, write
 from bayou.sharing import Shared
 
@@ -60,8 +60,9 @@ def share(
 
     Args:
         method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone.
-        dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see `train`; it
-            goes on from OUT.train where a run was stopped. Processes that train together all write the same file.
+        dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see
+            `recover.Training`; it goes on from OUT.train where a run was stopped. Processes that train together all
+            write the same file.
 
     With `anchor_bits` the ties are fitted to their anchors as they are once quantised. Raises BadInput, Unsupported,
     and BayouError for a full disk; nothing is left at `out` then, or the old file is untouched.
@@ -73,22 +74,22 @@ def share(
     text |= {"device": device, "revision": revision, "progress": progress}
     if method not in methods():
         raise BadInput(f"there is no sharing method {method!r}; choose one of {', '.join(methods())}")
-    dial = dial or Dial()
-    if method != OWN:
-        if training is not None:
-            raise BadInput(f"--train is for {OWN}; rivals' recovery training is bench/sharing.py's")
-        own = (initialisation, plan, delta_method, delta_options or {}, anchor_bits, quantise)
-        if own != (DEFAULT, "layout", "lowrank", {}, None, "anchors") or dial != Dial(reduce=dial.reduce):
-            raise BadInput(f"--method {method} takes --reduce or --ratio; all else of how to share is for {OWN}")
-        report = _rival(method, model, out, dial.reduce, **text)
-        return replace(report, seconds=time.perf_counter() - started)
-    check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
+    dial, show = dial or Dial(), progress or (lambda *_: None)
+    checkpoint = Path(out).with_name(Path(out).name + ".train")
     if training is not None and training.search:
         tune.require()
+    if method != OWN:
+        own = (initialisation, plan, delta_method, delta_options or {}, anchor_bits, quantise)
+        if own != (DEFAULT, "layout", "lowrank", {}, None, "anchors") or dial != Dial(reduce=dial.reduce):
+            raise BadInput(
+                f"--method {method} takes --reduce or --ratio, and --train; all else of how to share is for {OWN}"
+            )
+        report = _rival(method, model, out, dial.reduce, training, checkpoint, **text | {"progress": show})
+        return replace(report, seconds=time.perf_counter() - started)
+    check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
     draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
     if training is not None:
-        checkpoint = Path(out).with_name(Path(out).name + ".train")
-        draft = train(draft, training, checkpoint, progress or (lambda *_: None), seed=seed)
+        draft = train(draft, training, checkpoint, show, seed=seed)
     windows = draft.windows
     if windows is None and calibrates(delta_method, anchor_bits):  # of an initialisation that wanted none
         windows = draft.original.windows(calibration, tokens, length, seed)
@@ -108,8 +109,7 @@ def share(
         progress=progress,
     )
     if training is not None:
-        checkpoint.unlink(missing_ok=True)
-        beside(checkpoint).unlink(missing_ok=True)
+        forget(checkpoint)
     whole = time.perf_counter() - started
     return replace(report, seconds=whole, steps={"draw up": drawn} | report.steps, training=draft.trained)
 
@@ -139,6 +139,8 @@ def _rival(
     model: str | Path,
     out: str | Path,
     reduce: float | None,
+    training: Training | None,
+    checkpoint: Path,
     *,
     calibration: str | Path | None,
     tokens: int | None,
@@ -146,7 +148,7 @@ def _rival(
     seed: int,
     device: str,
     revision: str | None,
-    progress: Progress | None,
+    progress: Progress,
 ) -> Report:
     """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file."""
     if method == "slicegpt":  # before the work, not after it
@@ -154,12 +156,21 @@ def _rival(
             "slicegpt changes the shapes of all matrices: it is no model of shared layers, so no file holds it; "
             "in Python bayou.baselines.share makes it, bayou.baselines.slicegpt.save and load keep it"
         )
+    if training is not None and not training.general:
+        raise BadInput(
+            f"--no-pmr, --blend, --pmr-start and --lora say how {OWN} is trained; {method} is trained as its recovery "
+            "is published, with --rate, --alpha and --tokens"
+        )
     original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)
     if windows is None:
         raise BadInput(f"method {method} measures the model on text, and --calibration none gives none")
     share_gone = 0.12 if reduce is None else reduce
     made = baselines.share(method, original.folder, reduce=share_gone, windows=windows, device=device)
+    told: dict[str, Any] = {}
+    if training is not None:
+        made, told = train_rival(original, made, training, checkpoint, progress, seed=seed)
     shared, tensors = made.shared(original.folder)
-    report = write(original, shared, out, tensors=tensors, progress=progress)
-    return replace(report, method=method)
+    report = write(original, shared, out, tensors=tensors, method=method, progress=progress)
+    forget(checkpoint)
+    return replace(report, training=told)

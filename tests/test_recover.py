@@ -13,12 +13,15 @@ import pytest
 import torch
 from test_share import FEW, agree
 
-from bayou import recover, tune
+import bayou
+from bayou import baselines, objective, recover, tune
 from bayou.cli import main
 from bayou.draft import Draft, draw_up
 from bayou.errors import BadInput, Diverged, JournalMismatch
+from bayou.evaluate import read_model
 from bayou.layouts import Dial
-from bayou.recover import Training, train
+from bayou.original import Original
+from bayou.recover import Training, train, train_rival
 
 DIAL = Dial(blocks=(3,), rank=4)
 
@@ -168,4 +171,85 @@ def test_a_search_without_optuna_or_text_to_hold_out_is_refused_before_the_work(
         replace(training, start=1.5)
     with pytest.raises(BadInput, match="--pmr-start say how"):
         replace(training, progressive=False, start=0.1)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+RIVALS = ("shortgpt", "laco", "laco-code", "jointdrop", "lastlayers")
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_rivals_recover_by_the_same_command(
+    method: str, model: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = {"lastlayers": "3e-4"}.get(method, "5e-3")
+    words = ["share", str(model), "--method", method, "--reduce", "0.2", "--calibration-tokens", "2048"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "-o", str(tmp_path / "plain.bayou")])
+    assert stop.value.code == 0
+    how = ["--train", str(training.text), "--tokens", "20k", "--alpha", "1", "--rate", rate]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "-o", str(tmp_path / "a.bayou"), *how, "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    found = json.loads(last)
+    assert found["method"] == method and found["training"]["rate"] == float(rate)
+    assert any(line.startswith("  trained on ") for line in lines)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt", "plain.bayou"]
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    teacher = read_model(model)
+    windows = Original(model).windows(training.text, 2048, 64, 0)
+    plain, taught = (
+        objective.measure(bayou.load(None, tmp_path / f"{name}.bayou"), windows, teacher)[1] for name in ("plain", "a")
+    )
+    assert taught < 0.95 * plain
+
+
+def test_a_rivals_training_goes_on_and_leaves_the_rival_as_it_was(
+    model: Path, training: Training, tmp_path: Path
+) -> None:
+    original = Original(model)
+    text = original.windows(None, 2048, 64, 0)
+    assert text is not None
+    for method in ("lastlayers", "laco"):
+        rival = baselines.share(method, model, reduce=0.2, windows=text)
+        before = {name: value.clone() for name, value in rival.model.state_dict().items()}
+        plain = replace(training, search=0, rate=None, tokens=512)
+        made, told = train_rival(original, rival, plain, tmp_path / method, lambda *_: None)
+        assert told["rate"] == (1e-4 if method == "lastlayers" else 1e-3)
+        after = rival.model.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(after[name], before[name]) for name in before)
+        again, _ = train_rival(original, rival, plain, tmp_path / method, lambda *_: None)
+        assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), again.model.parameters(), strict=True))
+        assert not all(
+            torch.equal(a, b) for a, b in zip(made.model.parameters(), rival.model.parameters(), strict=True)
+        )
+        other = baselines.share(method, model, reduce=0.4, windows=text)
+        with pytest.raises(JournalMismatch):
+            train_rival(original, other, plain, tmp_path / method, lambda *_: None)
+
+
+@pytest.mark.usefixtures("without_optuna")
+@pytest.mark.parametrize("method", ["lastlayers", "shortgpt"])
+def test_a_search_for_how_a_rival_is_trained_begins_each_trial_anew(
+    method: str, model: Path, training: Training, tmp_path: Path
+) -> None:
+    original = Original(model)
+    text = original.windows(None, 2048, 64, 0)
+    assert text is not None
+    rival = baselines.share(method, model, reduce=0.2, windows=text)
+    made, told = train_rival(original, rival, training, tmp_path / "a", lambda *_: None)
+    chosen = told["search"]["chosen"]
+    assert chosen.keys() == {"rate", "alpha"} and told["alpha"] == chosen["alpha"]
+    plain, _ = train_rival(original, rival, replace(training, search=0, **chosen), tmp_path / "b", lambda *_: None)
+    assert all(torch.equal(a, b) for a, b in zip(made.model.parameters(), plain.model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("option", [["--no-pmr"], ["--blend"], ["--pmr-start", "0.1"], ["--lora", "4"]], ids=str)
+def test_options_of_our_training_are_refused_for_rivals(
+    option: list[str], model: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["share", str(model), "--method", "laco", "-o", str(tmp_path / "a.bayou")]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--train", str(training.text), *option])
+    assert stop.value.code == 1 and "say how deltallm is trained" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]

@@ -387,6 +387,4 @@ def test_what_has_no_plain_form_or_no_text_is_refused(model: Path, tmp_path: Pat
         share_function(model, tmp_path / "a.bayou", method="slicegpt", **FEW)
     with pytest.raises(BadInput, match="measures the model on text"):
         share_function(model, tmp_path / "a.bayou", method="shortgpt", calibration="none")
-    with pytest.raises(BadInput, match="--train is for deltallm"):
-        share_function(model, tmp_path / "a.bayou", method="shortgpt", training=Training("x"), **FEW)
     assert list(tmp_path.iterdir()) == []
