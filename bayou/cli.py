@@ -130,8 +130,10 @@ def compress(
 @app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")
 def share(
     model: Annotated[str, typer.Argument(help="The model: a folder or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
-    method: Annotated[str, typer.Option(help="deltallm, or a rival: shortgpt, laco, ...")] = "deltallm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; for slicegpt a folder.")],
+    method: Annotated[
+        str, typer.Option(help="deltallm, or shortgpt, laco, laco-code, slicegpt, jointdrop, lastlayers.")
+    ] = "deltallm",
     plan: Annotated[str, typer.Option(help="layout, or search: choose per sub-layer by measured loss.")] = "layout",
     layout: Annotated[str, typer.Option(help="alternating or sequential.")] = "alternating",
     kinds: Annotated[str, typer.Option(help="What is shared: mlp, attention or all.")] = "mlp",
@@ -290,7 +292,7 @@ def restore(
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
 def evaluate(
     base: Base,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored or sliced folder.")],
     finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
     data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
     rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
@@ -299,16 +301,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.attach import load
+    from bayou.baselines.slicegpt import is_sliced
     from bayou.calibrate import read_tokenizer
     from bayou.checkpoint import resolve
     from bayou.evaluate import evaluate as run
     from bayou.evaluate import read_model, table
+    from bayou.load import load
 
     folder = resolve(finetuned)
     tokenizer = read_tokenizer(folder)
     reference = read_model(folder, device)
-    candidate = read_model(file, device) if file.is_dir() else load(base, file, device=device)
+    candidate = read_model(file, device) if file.is_dir() and not is_sliced(file) else load(base, file, device=device)
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)

@@ -30,9 +30,11 @@ from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_hea
 from bayou.contents import FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
-from bayou.errors import BadFile, BadInput, DamagedFile, WrongBase
+from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
 from bayou.plan import SiteRecord
 
+SLICED = "sliced.json"
+"""Marks a folder that stands in a file's place: the model of `bayou share --method slicegpt`."""
 _MAX_ELEMENTS = 2**40
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
@@ -58,6 +60,11 @@ class DeltaFile:
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115 (kept open: entries are read lazily)
         except OSError as error:
+            if (self.path / SLICED).is_file():
+                raise Unsupported(
+                    f"{self.path} is a folder of a model that slicegpt sliced: its shapes are no architecture's, so it "
+                    "is no .bayou file and has no plain form; bayou.load takes it"
+                ) from None
             raise BadFile(f"cannot open {self.path}: {error.strerror}") from None
         weakref.finalize(self, self._file.close)
         try:

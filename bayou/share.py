@@ -10,12 +10,15 @@ Methods other than `deltallm` are those of bayou.baselines.
 import os
 import time
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from bayou import baselines, preflight, tune
+from bayou.baselines import slicegpt
+from bayou.checkpoint import Checkpoint
 from bayou.draft import DEFAULT, Draft, draw_up
-from bayou.errors import BadInput, Unsupported
+from bayou.errors import BadInput
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
 from bayou.recover import OWN, Training, forget, train, train_rival
@@ -23,6 +26,9 @@ from bayou.sharedfile import Report, calibrates, check, write
 from bayou.sharing import Shared
 
 __all__ = ["Draft", "Training", "dense", "draw_up", "methods", "own_gpu", "share", "train"]
+
+SLICED = "slicegpt"
+"""The method whose model no file of the format holds: its shapes are no architecture's."""
 
 
 def own_gpu(device: str) -> str:
@@ -59,7 +65,8 @@ def share(
     """Write a model as a self-contained file in which layers share other layers' matrices.
 
     Args:
-        method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone.
+        method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone. slicegpt's `out` is a
+            new folder, which `bayou.load` loads.
         dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see
             `recover.Training`; it goes on from OUT.train where a run was stopped. Processes that train together all
             write the same file.
@@ -67,7 +74,10 @@ def share(
     With `anchor_bits` the ties are fitted to their anchors as they are once quantised. Raises BadInput, Unsupported,
     and BayouError for a full disk; nothing is left at `out` then, or the old file is untouched.
     """
-    preflight.check_output(Path(out), Path(model))  # before the work
+    if method == SLICED:  # before the work
+        preflight.check_new_folder(Path(out))
+    else:
+        preflight.check_output(Path(out), Path(model))
     started = time.perf_counter()
     device = own_gpu(device)
     text: dict[str, Any] = {"calibration": calibration, "tokens": tokens, "length": length, "seed": seed}
@@ -150,12 +160,9 @@ def _rival(
     revision: str | None,
     progress: Progress,
 ) -> Report:
-    """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file."""
-    if method == "slicegpt":  # before the work, not after it
-        raise Unsupported(
-            "slicegpt changes the shapes of all matrices: it is no model of shared layers, so no file holds it; "
-            "in Python bayou.baselines.share makes it, bayou.baselines.slicegpt.save and load keep it"
-        )
+    """A rival's model, of the share `reduce` (0.12) of parameters fewer, as a self-contained file or sliced folder."""
+    if method == SLICED and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("slicegpt's folder is written by one process: start bayou share without torchrun or accelerate")
     if training is not None and not training.general:
         raise BadInput(
             f"--no-pmr, --blend, --pmr-start and --lora say how {OWN} is trained; {method} is trained as its recovery "
@@ -170,7 +177,25 @@ def _rival(
     told: dict[str, Any] = {}
     if training is not None:
         made, told = train_rival(original, made, training, checkpoint, progress, seed=seed)
-    shared, tensors = made.shared(original.folder)
-    report = write(original, shared, out, tensors=tensors, method=method, progress=progress)
+    if made.own:
+        report = _sliced(original, made, Path(out))
+    else:
+        shared, tensors = made.shared(original.folder)
+        report = write(original, shared, out, tensors=tensors, method=method, progress=progress)
     forget(checkpoint)
     return replace(report, training=told)
+
+
+def _sliced(original: Original, made: baselines.Baseline, out: Path) -> Report:
+    """slicegpt's folder, in the dtype that the model's embeddings have; all its files count."""
+    table = next(name for name, place in original.places.items() if place.role == "embedding")
+    dtype = original.checkpoint.dtype(table)
+    made.model.to(dtype)
+    made.model.config.dtype = dtype
+    slicegpt.save(made, out, original.folder)
+    written = Checkpoint(out)
+    shapes = {name: prod(written.shape(name)) for name in written.names()}
+    tables = sum(count for name, count in shapes.items() if name.endswith(("embed_tokens.weight", "lm_head.weight")))
+    size = sum(path.stat().st_size for path in out.iterdir())
+    counts = (sum(shapes.values()), original.parameters, original.tables, 0, 0)
+    return Report(str(out), SLICED, size, original.checkpoint.nbytes / size, *counts, 0.0, tables_left=tables)

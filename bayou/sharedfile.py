@@ -44,7 +44,8 @@ TABLE_BITS = 8
 class Report:
     """What a shared file holds. parameters: numbers in it (scales and gains do not count), original those of the model.
 
-    tables: numbers of embeddings and head, which are in both counts. ratio: bytes of the model's weights over the
+    tables: numbers of embeddings and head, which are in both counts (tables_left, where they are not as many in the
+    file: slicegpt). ratio: bytes of the model's weights over the
     file's. ties, dropped: matrices tied, sub-layers without a contribution. training: tokens, loss, ..., of a
     training; returns: how often it went back to a checkpoint, with a smaller rate.
     """
@@ -61,6 +62,7 @@ class Report:
     seconds: float
     steps: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    tables_left: int | None = None
 
     @property
     def removed(self) -> float:
@@ -70,7 +72,8 @@ class Report:
     @property
     def removed_of_layers(self) -> float:
         """Share removed of the parameters outside embeddings and head."""
-        return (self.original - self.parameters) / (self.original - self.tables)
+        left = self.parameters - (self.tables if self.tables_left is None else self.tables_left)
+        return 1 - left / (self.original - self.tables)
 
     def json(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -33,7 +33,7 @@ ORDER = (
     ),
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
     *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
-    *("lora", "student", "objective", "train", "tune", "baselines"),
+    *("lora", "student", "objective", "train", "tune", "baselines", "load"),
     *("layouts", "original", "removal", "ties", "sharedfile", "search", "draft", "recover", "share", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them

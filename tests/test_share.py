@@ -382,9 +382,7 @@ def test_rivals_are_files_of_the_same_kind(method: str, model: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".bayou")] == []
 
 
-def test_what_has_no_plain_form_or_no_text_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="no model of shared layers"):
-        share_function(model, tmp_path / "a.bayou", method="slicegpt", **FEW)
+def test_a_rival_without_a_text_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="measures the model on text"):
         share_function(model, tmp_path / "a.bayou", method="shortgpt", calibration="none")
     assert list(tmp_path.iterdir()) == []
