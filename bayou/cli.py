@@ -132,7 +132,7 @@ def share(
     model: Annotated[str, typer.Argument(help="The model: a folder or a Hub id.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; for slicegpt a folder.")],
     method: Annotated[
-        str, typer.Option(help="deltallm, or shortgpt, laco, laco-code, slicegpt, jointdrop, lastlayers.")
+        str, typer.Option(help="deltallm; shortgpt, laco, laco-code, slicegpt, jointdrop, lastlayers; dense (control).")
     ] = "deltallm",
     plan: Annotated[str, typer.Option(help="layout, or search: choose per sub-layer by measured loss.")] = "layout",
     layout: Annotated[str, typer.Option(help="alternating or sequential.")] = "alternating",
@@ -151,7 +151,9 @@ def share(
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any other option of --delta-method, NAME=VALUE.")] = None,
     anchor_bits: Annotated[int | None, typer.Option(help="Store anchors in 1 to 8 bits (GPTQ).")] = None,
-    quantise: Annotated[str, typer.Option(help="What --anchor-bits is for: anchors, linears or all.")] = "anchors",
+    quantise: Annotated[
+        str | None, typer.Option(help="What --anchor-bits is for: anchors, linears (default of dense) or all.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,

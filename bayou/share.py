@@ -29,6 +29,8 @@ __all__ = ["Draft", "Training", "dense", "draw_up", "methods", "own_gpu", "share
 
 SLICED = "slicegpt"
 """The method whose model no file of the format holds: its shapes are no architecture's."""
+DENSE = "dense"
+"""The control at equal bytes: nothing is shared, matrices are quantised."""
 
 
 def own_gpu(device: str) -> str:
@@ -37,8 +39,8 @@ def own_gpu(device: str) -> str:
 
 
 def methods() -> list[str]:
-    """The words of --method: our own, and the rivals of bayou.baselines."""
-    return [OWN, *baselines.METHODS]
+    """The words of --method: our own, the control that shares nothing, and the rivals of bayou.baselines."""
+    return [OWN, DENSE, *baselines.METHODS]
 
 
 def share(
@@ -52,7 +54,7 @@ def share(
     delta_method: str = "lowrank",
     delta_options: dict[str, Any] | None = None,
     anchor_bits: int | None = None,
-    quantise: str = "anchors",
+    quantise: str | None = None,
     calibration: str | Path | None = None,
     tokens: int | None = None,
     length: int = 512,
@@ -65,8 +67,8 @@ def share(
     """Write a model as a self-contained file in which layers share other layers' matrices.
 
     Args:
-        method: "deltallm", or a rival (see `methods`); of the dial, those take `reduce` alone. slicegpt's `out` is a
-            new folder, which `bayou.load` loads.
+        method: "deltallm", "dense" (see `dense`) or a rival (see `methods`); of the dial, those take `reduce` alone.
+            slicegpt's `out` is a new folder, which `bayou.load` loads.
         dial ... progress: see `draw_up`. delta_method ... quantise: see `sharedfile.write`. training: see
             `recover.Training`; it goes on from OUT.train where a run was stopped. Processes that train together all
             write the same file.
@@ -89,13 +91,18 @@ def share(
     if training is not None and training.search:
         tune.require()
     if method != OWN:
-        own = (initialisation, plan, delta_method, delta_options or {}, anchor_bits, quantise)
-        if own != (DEFAULT, "layout", "lowrank", {}, None, "anchors") or dial != Dial(reduce=dial.reduce):
+        own = (initialisation, plan, delta_method, delta_options or {}) != (DEFAULT, "layout", "lowrank", {})
+        if method == DENSE:
+            if own or dial != Dial() or training is not None or anchor_bits is None:
+                raise BadInput("--method dense shares nothing and needs --anchor-bits; it takes --quantise beside it")
+            return dense(model, out, bits=anchor_bits, quantise=quantise or "linears", **text)
+        if own or (anchor_bits, quantise) != (None, None) or dial != Dial(reduce=dial.reduce):
             raise BadInput(
                 f"--method {method} takes --reduce or --ratio, and --train; all else of how to share is for {OWN}"
             )
         report = _rival(method, model, out, dial.reduce, training, checkpoint, **text | {"progress": show})
         return replace(report, seconds=time.perf_counter() - started)
+    quantise = quantise or "anchors"
     check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
     draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
     if training is not None:
@@ -135,13 +142,23 @@ def dense(
     length: int = 512,
     seed: int = 0,
     device: str = "cpu",
+    revision: str | None = None,
     progress: Progress | None = None,
 ) -> Report:
-    """The control at equal bytes: nothing shared, the model's linears (or all matrices) in `bits` bits by GPTQ."""
-    original = Original(model, device=device)
+    """The control at equal bytes: nothing shared, the model quantised by GPTQ (without a text: to nearest).
+
+    bits, quantise: 1 to 8 bits for "linears", or for "all": embeddings and head too, in 8 at least. The rest as in
+    `share`. Raises BadInput.
+    """
+    started = time.perf_counter()
+    check("lowrank", {}, bits, quantise)  # before the work
+    if quantise == "anchors":
+        raise BadInput("--quantise anchors: where nothing is shared there are no anchors; choose linears or all")
+    original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)
-    nothing = Shared(())
-    return write(original, nothing, out, anchor_bits=bits, quantise=quantise, windows=windows, progress=progress)
+    options: dict[str, Any] = {"anchor_bits": bits, "quantise": quantise, "windows": windows, "progress": progress}
+    report = write(original, Shared(()), out, method=DENSE, **options)
+    return replace(report, seconds=time.perf_counter() - started)
 
 
 def _rival(
