@@ -36,6 +36,8 @@ from bayou.plan import SiteRecord
 SLICED = "sliced.json"
 """Marks a folder that stands in a file's place: the model of `bayou share --method slicegpt`."""
 _MAX_ELEMENTS = 2**40
+EXPANSION = 1024
+"""Elements that a byte of the file may stand for, in matrices whose size no tensor of a base vouches for."""
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
 
@@ -143,6 +145,7 @@ class DeltaFile:
             raise BadFile(f"{self.path}: .base is missing")
         self._check_tensors()
         self._check_anchors()
+        self._check_expansion()
 
     def _check_tensors(self) -> None:
         """Raises BadFile unless each tensor stands once: whole, in parts 0, 1, ... of one kind, exact, or unchanged."""
@@ -188,6 +191,18 @@ class DeltaFile:
             plan.check_anchors(self.sites.values(), shapes)
         except BadFile as error:
             raise BadFile(f"{self.path}: {error}") from None
+
+    def _check_expansion(self) -> None:
+        """Raises BadFile where few bytes claim to be many huge matrices: a site that shares another needs no byte."""
+        unlike = {site.tensor for site in self.sites.values() if site.base_reference is None}
+        vouched = {site.tensor for site in self.sites.values()} - unlike
+        free = [s for s in self.sites.values() if s.base_reference is None and s.anchor not in vouched]
+        claimed = sum(prod(site.shape) for site in free)
+        if claimed > EXPANSION * self.nbytes:
+            raise BadFile(
+                f"{self.path}: {self.nbytes:,} bytes claim matrices of {claimed:,} elements that no base has; "
+                f"more than {EXPANSION} a byte are refused"
+            )
 
     @property
     def self_contained(self) -> bool:
