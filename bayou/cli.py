@@ -221,10 +221,17 @@ def share(
     if found := report.training.get("search"):
         best = ", ".join(f"{name} {value:.3g}" for name, value in found["chosen"].items())
         print(f"  chosen of {len(found['trials'])} trials on {found['trial_tokens']:,} tokens each: {best}")
-    if report.training:
-        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
-        if report.training["returns"]:
-            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**report.training))
+    if told := report.training:
+        times = told["tokens"] / (told["windows"] * told["length"])
+        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**told), end="")
+        print(f"; the text was taken {times:.1f} times")
+        if told["batch"] < told["batch_asked"]:
+            print(
+                "  the text fills {windows} windows of {length} tokens, fewer than the {batch_asked} of a step: a step "
+                "had {batch}; give more text".format(**told)
+            )
+        if told["returns"]:
+            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**told))
     _finish(as_json, report.json())
 
 

@@ -42,7 +42,8 @@ HELD = 65_536
 class Training:
     """How a smaller model is trained after its original (bayou.train); --train of the command.
 
-    text: a text or .jsonl file. tokens: to train on; the text is taken again where it runs out. rate: peak of AdamW;
+    text: a text or .jsonl file. tokens: to train on; the text is taken again where it runs out. batch: windows of
+    `length` tokens a step; where the text fills fewer, all of them, which progress and report say. rate: peak of AdamW;
     None is RATE, or WHOLE_RATE. alpha: share of KL(model || student) in the loss, the rest is cross-entropy.
     progressive: Progressive Module Replacement, whose probability begins at `start`; else the deltas run from the
     start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none. search: trials of rate, alpha and start,
@@ -169,7 +170,8 @@ class _School:
         windows = original.windows(training.text, training.tokens, training.length, seed)
         if windows is None:
             raise BadInput("--train none: a text to train on is needed")
-        self.windows = windows
+        self.windows, self.batch = windows, min(training.batch, len(windows))
+        self.asked = min(training.batch, max(1, training.tokens // windows.shape[1]))
 
     def taught(self, enrol: Enrol[Learner]) -> tuple[Learner, dict[str, Any]]:
         """A student after its training, by the numbers that a search chose if asked for, and what it came to."""
@@ -177,10 +179,12 @@ class _School:
         pupil, learner = enrol(chosen)
 
         def show(at: trainer.Progress) -> None:
-            self.progress(f"train: {_told(at, chosen)}", at.step, at.steps)
+            said = f"{self.batch} windows a step, all that the text fills, " if self.batch < self.asked else ""
+            self.progress(f"train: {said}{_told(at, chosen)}", at.step, at.steps)
 
         fitted = self._fit(pupil, self.windows, chosen, self.training.tokens, show, self.checkpoint)
-        return learner, _trained(fitted, chosen) | searched
+        text = {"windows": len(self.windows), "length": self.windows.shape[1], "batch": self.batch}
+        return learner, _trained(fitted, chosen) | text | {"batch_asked": self.asked} | searched
 
     def _fit(
         self,
@@ -191,7 +195,7 @@ class _School:
         show: Callable[[trainer.Progress], None],
         checkpoint: Path | None = None,
     ) -> trainer.Fitted:
-        recipe = trainer.Recipe(alpha=chosen.alpha, batch=max(1, min(chosen.batch, len(windows))), seed=self.seed)
+        recipe = trainer.Recipe(alpha=chosen.alpha, batch=min(self.batch, len(windows)), seed=self.seed)
         return trainer.fit([pupil], self.teacher, windows, recipe, tokens=tokens, checkpoint=checkpoint, progress=show)
 
     def _searched(self, enrol: Enrol[Any]) -> tuple[Training, dict[str, Any]]:

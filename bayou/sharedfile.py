@@ -47,7 +47,8 @@ class Report:
     tables: numbers of embeddings and head, which are in both counts (tables_left, where they are not as many in the
     file: slicegpt). ratio: bytes of the model's weights over the
     file's. ties, dropped: matrices tied, sub-layers without a contribution. training: tokens, loss, ..., of a
-    training; returns: how often it went back to a checkpoint, with a smaller rate.
+    training; returns: how often it went back to a checkpoint, with a smaller rate; windows: that the text fills; batch:
+    of them a step, fewer than batch_asked where there are no more.
     """
 
     path: str

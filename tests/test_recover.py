@@ -253,3 +253,26 @@ def test_options_of_our_training_are_refused_for_rivals(
         main([*words, "--train", str(training.text), *option])
     assert stop.value.code == 1 and "say how deltallm is trained" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_text_of_fewer_windows_than_a_batch_is_said(
+    model: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training.text.write_text("The quick brown fox jumps over the lazy dog.\n\n" * 25)  # type: ignore[union-attr]
+    one_step = replace(training, search=0, tokens=64 * 32, batch=64)
+    for how, asked, said in ((one_step, 64, True), (replace(one_step, tokens=10 * 32), 10, False)):
+        steps: list[str] = []
+        told = trained(model, how, tmp_path / str(asked), steps).trained
+        assert told["windows"] == told["batch"] < 64 and told["batch_asked"] == asked
+        assert (told["batch"] < asked) == said
+        assert steps[-1].startswith(f"train: {told['batch']} windows a step, all that the text fills, loss") == said
+    words = ["share", str(model), "-o", str(tmp_path / "a.bayou"), "--blocks", "3", "--rank", "4", "--init", "zero"]
+    with pytest.raises(SystemExit):
+        main([*words, "--train", str(training.text), "--tokens", "20k", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["training"]
+    assert found["windows"] == found["batch"] < found["batch_asked"] == 32
+    times = found["tokens"] / (found["windows"] * found["length"])
+    assert times > 1 and any(line.endswith(f"; the text was taken {times:.1f} times") for line in lines)
+    said = f"the text fills {found['windows']} windows of {found['length']} tokens, fewer than the 32 of a step"
+    assert any(said in line for line in lines)
