@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -140,6 +141,8 @@ def share(
     keep_ends: Annotated[int, typer.Option(help="Blocks kept whole at either end.")] = 2,
     reduce: Annotated[float | None, typer.Option(help="Share of all parameters to remove; 0.12 unless given.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as parameters of the model over those left.")] = None,
+    budget: Annotated[str | None, typer.Option(help="--plan search: the file's size instead, e.g. 200MB.")] = None,
+    near: Annotated[int, typer.Option(help="--plan search: anchors are so many blocks before at most.")] = 1,
     rank: Annotated[int | None, typer.Option(help="Rank of every delta.")] = None,
     count: Annotated[int | None, typer.Option(help="Delta blocks.")] = None,
     blocks: Annotated[str, typer.Option(help="The delta blocks themselves, e.g. 8,12,16.")] = "",
@@ -179,6 +182,7 @@ def share(
 
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
+    dial = replace(dial, budget=parse_size(budget) if budget else None, near=near)
     training = None
     how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, search)
     if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, 0):

@@ -5,12 +5,13 @@ the ties                     ties.fit, ties.learn
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from bayou import layouts, search, ties
+from bayou import layouts, search, sharedfile, ties
 from bayou.errors import BadInput
 from bayou.layouts import Dial
 from bayou.original import Original, Progress
@@ -50,6 +51,7 @@ def draw_up(
     device: str = "cpu",
     revision: str | None = None,
     progress: Progress | None = None,
+    storage: dict[str, Any] | None = None,
 ) -> Draft:
     """The ties of a model, without writing anything: what training starts from.
 
@@ -59,6 +61,7 @@ def draw_up(
         plan: "layout" follows the dial's layout; "search" chooses per sub-layer by measured loss (search.py).
         calibration: a text or .jsonl file; "none" goes without; None takes English text that Python carries.
         tokens, length, seed: of it, as in bayou.compress.
+        storage: how the file will be stored (sharedfile.nbytes), for a search under a budget of bytes.
 
     Grams of all sub-layers involved are held at once, (in, in) fp32 each. Raises BadInput, Unsupported.
     """
@@ -74,7 +77,8 @@ def draw_up(
         windows = original.windows(calibration, tokens, length, seed)
         if windows is None:
             raise BadInput("--plan search measures the loss on text, and --calibration none gives none")
-        return Draft(original, search.search(original, dial, windows, show), {}, windows, "search")
+        size = partial(sharedfile.nbytes, original, **storage or {})
+        return Draft(original, search.search(original, dial, windows, show, size), {}, windows, "search")
     pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
     wanted = initialisation in ties.USE_GRAM
     windows = original.windows(calibration, tokens, length, seed) if wanted else None

@@ -104,7 +104,9 @@ def share(
         return replace(report, seconds=time.perf_counter() - started)
     quantise = quantise or "anchors"
     check(delta_method, delta_options or {}, anchor_bits, quantise)  # before the work too
-    draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, **text)
+    storage: dict[str, Any] = {"delta_method": delta_method, "delta_options": delta_options}
+    storage |= {"anchor_bits": anchor_bits, "quantise": quantise}
+    draft = draw_up(model, dial=dial, initialisation=initialisation, plan=plan, storage=storage, **text)
     if training is not None:
         draft = train(draft, training, checkpoint, show, seed=seed)
     windows = draft.windows
@@ -116,10 +118,7 @@ def share(
         draft.shared,
         out,
         tensors=draft.tensors,
-        delta_method=delta_method,
-        delta_options=delta_options,
-        anchor_bits=anchor_bits,
-        quantise=quantise,
+        **storage,
         refit=training is None and initialisation != "zero",
         whiten=initialisation != "svd",
         windows=windows,
