@@ -223,7 +223,9 @@ def share(
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
     if found := report.training.get("search"):
-        best = ", ".join(f"{name} {value:.3g}" for name, value in found["chosen"].items())
+        best = " ".join(
+            f"--{name.replace('start', 'pmr-start')} {value:.3g}" for name, value in found["chosen"].items()
+        )
         print(f"  chosen of {len(found['trials'])} trials on {found['trial_tokens']:,} tokens each: {best}")
     if told := report.training:
         times = told["tokens"] / (told["windows"] * told["length"])

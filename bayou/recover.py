@@ -170,7 +170,7 @@ class _School:
         windows = original.windows(training.text, training.tokens, training.length, seed)
         if windows is None:
             raise BadInput("--train none: a text to train on is needed")
-        self.windows, self.batch = windows, min(training.batch, len(windows))
+        self.windows, self.batch = windows, _batch(training.batch, len(windows))
         self.asked = min(training.batch, max(1, training.tokens // windows.shape[1]))
 
     def taught(self, enrol: Enrol[Learner]) -> tuple[Learner, dict[str, Any]]:
@@ -195,7 +195,7 @@ class _School:
         show: Callable[[trainer.Progress], None],
         checkpoint: Path | None = None,
     ) -> trainer.Fitted:
-        recipe = trainer.Recipe(alpha=chosen.alpha, batch=min(self.batch, len(windows)), seed=self.seed)
+        recipe = trainer.Recipe(alpha=chosen.alpha, batch=_batch(self.batch, len(windows)), seed=self.seed)
         return trainer.fit([pupil], self.teacher, windows, recipe, tokens=tokens, checkpoint=checkpoint, progress=show)
 
     def _searched(self, enrol: Enrol[Any]) -> tuple[Training, dict[str, Any]]:
@@ -289,6 +289,12 @@ def forget(checkpoint: Path) -> None:
     """Remove what is kept of a training, and of the search before it."""
     checkpoint.unlink(missing_ok=True)
     _beside(checkpoint).unlink(missing_ok=True)
+
+
+def _batch(asked: int, windows: int) -> int:
+    """Windows a step: what is asked, or as many as there are that all processes can share out evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return asked if asked <= windows else max(1, windows // processes) * processes
 
 
 def _agreed(loss: float) -> float:

@@ -3,6 +3,8 @@
 import importlib
 import json
 import math
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -136,7 +138,7 @@ def test_the_command_tells_what_was_chosen_and_leaves_only_the_file(
     assert stop.value.code == 0
     chosen = json.loads(last)["training"]["search"]["chosen"]
     assert chosen.keys() == {"rate", "alpha"}  # no PMR, so no start
-    shown = f"rate {chosen['rate']:.3g}, alpha {chosen['alpha']:.3g}"
+    shown = f"--rate {chosen['rate']:.3g} --alpha {chosen['alpha']:.3g}"
     assert f"  chosen of 2 trials on 150 tokens each: {shown}" in lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt"]
     agree(model, tmp_path / "a.bayou", tmp_path / "out")
@@ -276,3 +278,30 @@ def test_a_text_of_fewer_windows_than_a_batch_is_said(
     assert times > 1 and any(line.endswith(f"; the text was taken {times:.1f} times") for line in lines)
     said = f"the text fills {found['windows']} windows of {found['length']} tokens, fewer than the 32 of a step"
     assert any(said in line for line in lines)
+
+
+@pytest.mark.slow
+def test_several_processes_search_and_train_as_one(model: Path, training: Training, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    pytest.importorskip("optuna")
+    words = ["share", str(model), "--blocks", "3", "--rank", "4", "--init", "zero", "--train", str(training.text)]
+    words += ["--tokens", "8k", "--search", "3", "--json"]
+    children = []
+    for rank in range(2):
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent.parent), *sys.path]),
+            "WORLD_SIZE": "2",
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": "29714",
+            "ACCELERATE_USE_CPU": "true",
+        }
+        command = [sys.executable, "-m", "bayou", *words, "-o", str(tmp_path / "a.bayou")]
+        children.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True))
+    told = [json.loads(child.communicate(timeout=240)[0].splitlines()[-1])["training"] for child in children]
+    assert told[0]["search"] == told[1]["search"] and len(told[0]["search"]["trials"]) == 3
+    assert told[0]["loss"] == told[1]["loss"] and told[0]["tokens"] == told[1]["tokens"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt"]
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
