@@ -32,8 +32,8 @@ from bayou.student import Replacement
 OWN = "deltallm"
 RATE, WHOLE_RATE = 1e-3, 1e-4
 """Peak learning rates where none is given: of factors and LoRAs, and of matrices that are trained whole."""
-TRIAL = 10
-"""A trial of a search trains on one of so many parts of the tokens."""
+TRIAL, STEPS = 10, 20
+"""A trial of a search trains on one of so many parts of the tokens, and takes so many steps at least (or all)."""
 HELD = 65_536
 """Tokens that trials are measured on, at most a tenth of the text."""
 
@@ -47,7 +47,7 @@ class Training:
     None is RATE, or WHOLE_RATE. alpha: share of KL(model || student) in the loss, the rest is cross-entropy.
     progressive: Progressive Module Replacement, whose probability begins at `start`; else the deltas run from the
     start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none. search: trials of rate, alpha and start,
-    on a tenth of the tokens each, those given first; the rate is looked for within a factor of ten.
+    on a tenth of the tokens (or STEPS steps) each, those given first; the rate is looked for within a factor of ten.
 
     From progressive to start: of shared models alone. A rival's recovery is LoRA, or of some modules whole, as its
     Baseline says.
@@ -205,7 +205,8 @@ class _School:
         if len(self.windows) < 2:
             raise BadInput(f"--search {asked.search} measures on windows held out of the text, and it fills but one")
         windows, unseen = self.windows[:-held], self.windows[-held:]
-        tokens = max(asked.tokens // TRIAL, 1)
+        least = STEPS * _batch(self.batch, len(windows)) * windows.shape[1]
+        tokens = min(asked.tokens, max(asked.tokens // TRIAL, least))
         own = {name: value for name, value in asdict(asked).items() if name not in ("text", "search")}
         text = hashlib.sha256(self.windows.contiguous().numpy().tobytes()).hexdigest()
         trials = _Trials(self.checkpoint, [self.identity, own, text, self.seed])

@@ -71,9 +71,9 @@ def test_the_numbers_of_least_held_out_loss_train(model: Path, training: Trainin
     best = min(told["trials"], key=lambda trial: trial["loss"])
     assert len(told["trials"]) == 3 and len({trial["loss"] for trial in told["trials"]}) == 3
     assert told["chosen"] == {name: best[name] for name in ("rate", "alpha", "start")}
-    assert told["trial_tokens"] == 6 * 4 * 32 and told["held_out"] % 32 == 0
+    assert told["trial_tokens"] == 20 * 4 * 32 and told["held_out"] % 32 == 0
     assert made.trained["rate"] == best["rate"] and made.trained["alpha"] == best["alpha"]
-    assert steps[0].startswith("search: trial 1 of 3, loss ") and steps[18].startswith("train: loss ")
+    assert steps[0].startswith("search: trial 1 of 3, loss ") and steps[60].startswith("train: loss ")
     plain = trained(model, replace(training, search=0, **told["chosen"]), tmp_path / "d")
     assert all(torch.equal(a.u, b.u) for a, b in zip(made.shared.ties, plain.shared.ties, strict=True))
     assert "search" not in plain.trained
@@ -139,7 +139,7 @@ def test_the_command_tells_what_was_chosen_and_leaves_only_the_file(
     chosen = json.loads(last)["training"]["search"]["chosen"]
     assert chosen.keys() == {"rate", "alpha"}  # no PMR, so no start
     shown = f"--rate {chosen['rate']:.3g} --alpha {chosen['alpha']:.3g}"
-    assert f"  chosen of 2 trials on 150 tokens each: {shown}" in lines
+    assert f"  chosen of 2 trials on 1,500 tokens each: {shown}" in lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt"]
     agree(model, tmp_path / "a.bayou", tmp_path / "out")
 
