@@ -33,6 +33,8 @@ from bayou.entry import unpack_terms
 from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
 from bayou.plan import SiteRecord
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What configs call the number of layers."""
 SLICED = "sliced.json"
 """Marks a folder that stands in a file's place: the model of `bayou share --method slicegpt`."""
 _MAX_ELEMENTS = 2**40
@@ -354,4 +356,16 @@ class DeltaFile:
             raise BadFile(f"{self.path}: its config.json is not JSON ({error})") from None
         if not isinstance(config, dict):
             raise BadFile(f"{self.path}: its config.json is not a JSON object")
+        self._check_layers(config)
         return config
+
+    def _check_layers(self, config: dict[str, Any]) -> None:
+        """Raises BadFile for more layers than there are tensors: a module tree of them is memory that no file backs."""
+        parts, most = [config], len(self.tensors())
+        while parts:
+            part = parts.pop()
+            parts += [value for value in part.values() if isinstance(value, dict)]
+            for key in LAYER_COUNTS:
+                value = part.get(key)
+                if isinstance(value, int | float) and not value <= most:
+                    raise BadFile(f"{self.path}: its config.json says {key} {value}, but the file has {most} tensors")
