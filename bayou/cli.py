@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | eval | bench`."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bayou import methods
+from bayou.benchmarks import command as bench
 from bayou.errors import BadInput, BayouError, TooSmall
 
 app = typer.Typer(
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tuned LLMs as small, verified differences from their base.",
 )
+app.add_typer(bench.app, name="bench")
 _screen = Console(stderr=True)
 
 Base = Annotated[str, typer.Argument(help="The base: a model folder or a Hub id.")]
@@ -88,6 +90,7 @@ def compress(
     from bayou.compress import EMBEDDING_RATE
     from bayou.compress import compress as run
     from bayou.restore import parse_size
+    from bayou.workers import speaks
 
     chosen = _options(option)
     chosen |= {k: v for k, v in {"bands": bands, "bits": bits, "refit": refit}.items() if v is not None}
@@ -120,6 +123,8 @@ def compress(
             revision=revision,
             progress=bars.show,
         )
+    if not speaks():  # torchrun started several of us, and the first one prints
+        return
     errors = ", ".join(f"{role} {error:.3f}" for role, error in report.errors.items())
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")

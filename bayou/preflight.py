@@ -21,9 +21,9 @@ def check_size(ratio: float | None, budget: int | None, accounting: str) -> None
         raise BadInput(f"--accounting paper counts bits a weight, not a budget ({budget:,} bytes); give a ratio")
 
 
-def check_distillation(steps: int, calibration: str | Path | None) -> None:
+def check_distillation(steps: int, calibration: object) -> None:
     """Raises BadInput for steps of distillation without a text to take them on."""
-    if steps and calibration == "none":
+    if steps and isinstance(calibration, str) and calibration == "none":
         raise BadInput(
             f"{steps} steps of distillation need a text, and --calibration none gives none; "
             "give one, or --distill-steps 0"

@@ -22,12 +22,12 @@ from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.contents import Contents, Exact
 from bayou.delta import Dense, LowRank, Term
-from bayou.deltafile import EXPANSION, DeltaFile
+from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms
 from bayou.errors import BadFile, BadInput, Unsupported
 from bayou.methods import float_lowrank, layout_of
 from bayou.packed import Packed, Spec
-from bayou.plan import SiteRecord
+from bayou.plan import EXPANSION, SiteRecord
 from bayou.quantize import nearest
 
 UP = "model.layers.{}.mlp.up_proj.weight"
