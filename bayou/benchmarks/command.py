@@ -58,3 +58,25 @@ def load(
 
     found = bench.run(shape=shape, ratio=ratio, repeats=repeats, device=device, folder=folder)
     _finish(bench.table(found), found, out, as_json)
+
+
+@app.command(epilog="Example: bayou bench kernels --quick")
+def kernels(
+    quick: Annotated[bool, typer.Option("--quick", help="A part of it only, in less than a minute.")] = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Multiply by many tenants' packed deltas: the kernels against their floor, plain PyTorch and the base (a GPU)."""
+    import torch
+    from rich.console import Console
+
+    from bayou.benchmarks import kernels as bench
+    from bayou.benchmarks import record
+    from bayou.errors import Unsupported
+
+    if not torch.cuda.is_available():
+        raise Unsupported("bayou bench kernels measures a GPU, and torch finds none here")
+    found = record.surroundings("cuda") | bench.measure(quick)
+    for table in bench.tables(found):
+        Console().print(table)
+    _finish("", found, out, as_json)
