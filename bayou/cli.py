@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -135,14 +136,18 @@ def compress(
 @app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")
 def share(
     model: Annotated[str, typer.Argument(help="The model: a folder or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
-    method: Annotated[str, typer.Option(help="deltallm, or a rival: shortgpt, laco, ...")] = "deltallm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; for slicegpt a folder.")],
+    method: Annotated[
+        str, typer.Option(help="deltallm; shortgpt, laco, laco-code, slicegpt, jointdrop, lastlayers; dense (control).")
+    ] = "deltallm",
     plan: Annotated[str, typer.Option(help="layout, or search: choose per sub-layer by measured loss.")] = "layout",
     layout: Annotated[str, typer.Option(help="alternating or sequential.")] = "alternating",
     kinds: Annotated[str, typer.Option(help="What is shared: mlp, attention or all.")] = "mlp",
     keep_ends: Annotated[int, typer.Option(help="Blocks kept whole at either end.")] = 2,
     reduce: Annotated[float | None, typer.Option(help="Share of all parameters to remove; 0.12 unless given.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as parameters of the model over those left.")] = None,
+    budget: Annotated[str | None, typer.Option(help="--plan search: the file's size instead, e.g. 200MB.")] = None,
+    near: Annotated[int, typer.Option(help="--plan search: anchors are so many blocks before at most.")] = 1,
     rank: Annotated[int | None, typer.Option(help="Rank of every delta.")] = None,
     count: Annotated[int | None, typer.Option(help="Delta blocks.")] = None,
     blocks: Annotated[str, typer.Option(help="The delta blocks themselves, e.g. 8,12,16.")] = "",
@@ -154,17 +159,21 @@ def share(
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any other option of --delta-method, NAME=VALUE.")] = None,
     anchor_bits: Annotated[int | None, typer.Option(help="Store anchors in 1 to 8 bits (GPTQ).")] = None,
-    quantise: Annotated[str, typer.Option(help="What --anchor-bits is for: anchors, linears or all.")] = "anchors",
+    quantise: Annotated[
+        str | None, typer.Option(help="What --anchor-bits is for: anchors, linears (default of dense) or all.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     train: Annotated[str | None, typer.Option(help="Train the deltas on this text or .jsonl file.")] = None,
     tokens: Annotated[str, typer.Option(help="--train: tokens, e.g. 15M.")] = "15M",
-    rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
+    rate: Annotated[float | None, typer.Option(help="--train: peak learning rate; 1e-3, lastlayers 1e-4.")] = None,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
+    pmr_start: Annotated[float, typer.Option(help="--train: share replaced at the start.")] = 0.3,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
+    search: Annotated[int, typer.Option(help="--train: first try so many rates, alphas and PMR starts.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
     revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
@@ -178,15 +187,19 @@ def share(
 
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
+    dial = replace(dial, budget=parse_size(budget) if budget else None, near=near)
     training = None
-    if train is None and (tokens, rate, alpha, pmr, blend, lora) != ("15M", 1e-3, 0.5, True, False, 0):
+    how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, search)
+    if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, 0):
         raise BadInput(
-            "--tokens, --rate, --alpha, --no-pmr, --blend and --lora say how to train; give --train TEXT with them "
-            "(tokens to calibrate on are --calibration-tokens)"
+            "--tokens, --rate, --alpha, --no-pmr, --blend, --pmr-start, --lora and --search say how to train; give "
+            "--train TEXT with them (tokens to calibrate on are --calibration-tokens)"
         )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
-        training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
+        training = Training(
+            train, amount, rate, alpha, progressive=pmr, blend=blend, start=pmr_start, lora=lora, search=search
+        )
     with _Bars() as bars:
         report = run(
             model,
@@ -214,10 +227,22 @@ def share(
         f"({100 * report.removed_of_layers:.2f} % without embeddings)"
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
-    if report.training:
-        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
-        if report.training["returns"]:
-            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**report.training))
+    if found := report.training.get("search"):
+        best = " ".join(
+            f"--{name.replace('start', 'pmr-start')} {value:.3g}" for name, value in found["chosen"].items()
+        )
+        print(f"  chosen of {len(found['trials'])} trials on {found['trial_tokens']:,} tokens each: {best}")
+    if told := report.training:
+        times = told["tokens"] / (told["windows"] * told["length"])
+        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**told), end="")
+        print(f"; the text was taken {times:.1f} times")
+        if told["batch"] < told["batch_asked"]:
+            print(
+                "  the text fills {windows} windows of {length} tokens, fewer than the {batch_asked} of a step: a step "
+                "had {batch}; give more text".format(**told)
+            )
+        if told["returns"]:
+            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**told))
     _finish(as_json, report.json())
 
 
@@ -287,7 +312,7 @@ def restore(
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
 def evaluate(
     base: Base,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored or sliced folder.")],
     finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
     data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
     rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
@@ -296,16 +321,17 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.attach import load
+    from bayou.baselines.slicegpt import is_sliced
     from bayou.calibrate import read_tokenizer
     from bayou.checkpoint import resolve
     from bayou.evaluate import evaluate as run
     from bayou.evaluate import read_model, table
+    from bayou.load import load
 
     folder = resolve(finetuned)
     tokenizer = read_tokenizer(folder)
     reference = read_model(folder, device)
-    candidate = read_model(file, device) if file.is_dir() else load(base, file, device=device)
+    candidate = read_model(file, device) if file.is_dir() and not is_sliced(file) else load(base, file, device=device)
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)

@@ -32,10 +32,12 @@ from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_hea
 from bayou.contents import FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
-from bayou.errors import BadFile, BadInput, DamagedFile, WrongBase
+from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
 from bayou.plan import SiteRecord
 from bayou.staging import PIECE, Staging
 
+SLICED = "sliced.json"
+"""Marks a folder that stands in a file's place: the model of `bayou share --method slicegpt`."""
 _MAX_ELEMENTS = 2**40
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
@@ -61,6 +63,11 @@ class DeltaFile:
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115 (kept open: entries are read lazily)
         except OSError as error:
+            if (self.path / SLICED).is_file():
+                raise Unsupported(
+                    f"{self.path} is a folder of a model that slicegpt sliced: its shapes are no architecture's, so it "
+                    "is no .bayou file and has no plain form; bayou.load takes it"
+                ) from None
             raise BadFile(f"cannot open {self.path}: {error.strerror}") from None
         weakref.finalize(self, self._file.close)
         try:
@@ -182,6 +189,7 @@ class DeltaFile:
             shapes[site.tensor] = (shape[0] + grown, *shape[1:])
         try:
             plan.check_anchors(self.sites.values(), shapes)
+            plan.check_expansion(self.sites.values(), self.nbytes)
         except BadFile as error:
             raise BadFile(f"{self.path}: {error}") from None
 
@@ -361,11 +369,15 @@ class DeltaFile:
         return old
 
     def fine_tune_config(self, base_folder: Path | None) -> dict[str, Any]:
-        """The fine-tune's config.json. Raises BadFile where that is no JSON object."""
+        """The fine-tune's config.json. Raises BadFile where that is no JSON object or says more layers than tensors."""
         try:
             config = json.loads(self.read_file("config.json", base_folder))
         except (ValueError, RecursionError) as error:
             raise BadFile(f"{self.path}: its config.json is not JSON ({error})") from None
         if not isinstance(config, dict):
             raise BadFile(f"{self.path}: its config.json is not a JSON object")
+        try:
+            sidecar.check_layers(config, len(self.tensors()))
+        except BadFile as error:
+            raise BadFile(f"{self.path}: {error}") from None
         return config

@@ -40,6 +40,14 @@ def check_output(out: Path, folder: Path) -> None:
         raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
 
 
+def check_new_folder(out: Path) -> None:
+    """Raises BadInput for a folder to be written that is there already, or has no place to be in."""
+    if out.exists():
+        raise BadInput(f"{out} exists; choose another folder")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is not a folder; make it first")
+
+
 def check_device(device: str) -> None:
     """Raises BadInput for a device that this torch cannot use."""
     try:

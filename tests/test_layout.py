@@ -45,8 +45,20 @@ ORDER = (
     ),
     *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
     *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
-    *("lora", "student", "objective", "train", "tune", "baselines"),
-    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "benchmarks", "cli"),
+    *("lora", "student", "objective", "train", "tune", "baselines", "load"),
+    *(
+        "layouts",
+        "original",
+        "removal",
+        "ties",
+        "sharedfile",
+        "search",
+        "draft",
+        "recover",
+        "share",
+        "benchmarks",
+        "cli",
+    ),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
