@@ -116,6 +116,10 @@ class _Planner:
 
     def steps(self) -> list[tuple[Any, str, Any]]:
         """(object, attribute, new value) of all that is to be set."""
+        served = [name for name, place in self.places.items() if name not in self.finished and not place.converted]
+        device = next(iter(self.model.parameters())).device
+        # All at once, since threads read and hash them; a model spread over devices moves some once more.
+        self.deltas = self.file.deltas([site.name for name in served for site in self.sites[name]], device)
         for name, place in self.places.items():
             sites = self.sites[name]
             if name in self.finished:
@@ -175,7 +179,7 @@ class _Planner:
         return self._get(place.path), place.index if part is None else (part,)
 
     def _delta(self, site: SiteRecord, device: torch.device) -> Delta:
-        delta = self.file.delta(site.name)
+        delta = self.deltas.pop(site.name, None) or self.file.delta(site.name)
         return delta if delta.device == device else delta.to(device)
 
     def _tail(self, name: str, like: Tensor) -> Tensor | None:
