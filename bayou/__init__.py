@@ -8,6 +8,7 @@ __all__ = [
     "compress",
     "detach",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "restore",
@@ -21,6 +22,7 @@ from bayou.compress import compress
 from bayou.deltafile import DeltaFile
 from bayou.errors import BayouError
 from bayou.evaluate import evaluate
+from bayou.integrations.export import export
 from bayou.load import load
 from bayou.report import inspect, verify
 from bayou.restore import restore

@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval | bench`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench`."""
 
 import json
 import sys
@@ -9,11 +9,12 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bayou import methods
+from bayou.bars import Bars
 from bayou.benchmarks import command as bench
 from bayou.errors import BadInput, BayouError, TooSmall
+from bayou.integrations.command import export
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -99,7 +100,7 @@ def compress(
             f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed"
         )
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         report = run(
             base,
             finetuned,
@@ -200,7 +201,7 @@ def share(
         training = Training(
             train, amount, rate, alpha, progressive=pmr, blend=blend, start=pmr_start, lora=lora, search=search
         )
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         report = run(
             model,
             out,
@@ -280,7 +281,7 @@ def verify(
     """Check every byte of a file, and with --base that the base is the right one."""
     from bayou import report
 
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         found = report.verify(file, base, bars.show)
     against = f", and {found['base_tensors']} tensors of the base are the right ones" if base else ""
     print(f"{file}: sound; {found['entries']} entries, {found['bytes']:,} bytes, root {found['root'][:16]}{against}")
@@ -302,11 +303,14 @@ def restore(
     from bayou.restore import restore as run
 
     lender, path = (base, file) if file is not None else (None, base)  # one argument is a file that leans on no base
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         folder = run(lender, path, out, dtype=dtype, max_shard_size=max_shard_size, progress=bars.show)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of weights")
     _finish(as_json, {"path": str(folder), "bytes": size})
+
+
+app.command(epilog="Example: bayou export org/base math.bayou --rank 256 -o ./math-lora --data test.jsonl")(export)
 
 
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
@@ -335,29 +339,6 @@ def evaluate(
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)
-
-
-class _Bars:
-    """Progress bars on stderr, one a step of the work; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=_screen, disable=not _screen.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, step: str, done: int, total: int) -> None:
-        """A step, "name" or "name: how it stands"."""
-        name = step.partition(":")[0]
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[name], description=step, completed=done, total=total)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:

@@ -155,7 +155,7 @@ def restore(
         outputs.append(Output(name, target, shape, partial(pieces, name, DTYPES[target])))
     if dtype and "config.json" in files:
         files["config.json"] = _with_dtype(files["config.json"], dtype)
-    with _appearing(folder) as work:
+    with appearing(folder) as work:
         _write_shards(work, outputs, limit)
         for name, content in files.items():
             with atomic(work / name) as handle:
@@ -164,7 +164,7 @@ def restore(
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A folder to write in, whose files come to lie in `folder` at the end; half a model is worse than none.
 
     It lies beside `folder`, or inside where that is there already: on the same file system.
