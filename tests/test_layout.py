@@ -34,7 +34,7 @@ ORDER = (
     *("checkpoint", "sidecar", "contents", "entry", "deltafile", "journal", "skeleton", "inventory", "restore"),
     *("calibrate", "attached", "borrowed", "attach", "distill", "preflight", "compress", "evaluate", "report"),
     *("lora", "student", "objective", "train", "tune", "baselines"),
-    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "cli"),
+    *("layouts", "original", "removal", "ties", "sharedfile", "search", "share", "serving", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
