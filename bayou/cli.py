@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | eval | serve`."""
 
 import json
 import sys
@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bayou import methods
 from bayou.errors import BadInput, BayouError, TooSmall
+from bayou.serving.command import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -304,6 +305,9 @@ def evaluate(
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)
+
+
+app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
 
 
 class _Bars:

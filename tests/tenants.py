@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from bayou.compress import compress
 from bayou.restore import restore
-from bayou.serving.bank import Tenant
 from bayou.serving.engine import Engine, Piece
 from bayou.serving.sampling import Sampling
+from bayou.serving.tenant import Tenant
 
 NAMES = ("dense", "gain", "lowrank", "bitdelta", "deltacome", "grown", "second", "exact")
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"

@@ -12,74 +12,20 @@ On the CPU there is one memory, so a tenant that is put out is in its file only.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from bayou.checkpoint import Checkpoint
 from bayou.deltafile import DeltaFile
-from bayou.errors import BadInput, BayouError, Unsupported
+from bayou.errors import BayouError, Unsupported
 from bayou.serving.refusals import Refused
 from bayou.serving.resident import Resident, check_config, read
 from bayou.serving.router import Router
-from bayou.serving.voice import Voice, Voices
-
-
-@dataclass(eq=False)
-class Tenant:
-    """A fine-tune that can be asked for, or the base (file None)."""
-
-    name: str
-    file: DeltaFile | None
-    voice: Voice
-    created: int = field(default_factory=lambda: int(time.time()))
-    on_device: Resident | None = None
-    on_host: Resident | None = None
-    held: int = 0
-    gone: bool = False
-
-    @property
-    def root(self) -> str:
-        """What identifies the file's content; "" for the base."""
-        return "" if self.file is None else self.file.root
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request's claim to its tenant. `error` is set where it cannot be loaded."""
-
-    tenant: Tenant
-    error: BayouError | None = None
-    state: str = "waiting"  # then "holding", "over"
-
-    @property
-    def ready(self) -> bool:
-        """Whether the tenant is on the device at this moment."""
-        return self.tenant.file is None or self.tenant.on_device is not None
-
-    @property
-    def resident(self) -> Resident | None:
-        """What the tenant has otherwise than the base, None for the base."""
-        return self.tenant.on_device
-
-
-class _CheckedOnce(Checkpoint):
-    """The base, each of whose tensors is hashed at most once while we run."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._known: dict[str, bytes] = {}
-
-    def fingerprints(self, names: Iterable[str], *, rehash: bool = False) -> dict[str, bytes]:
-        """As a Checkpoint's."""
-        wanted = list(names)
-        missing = [name for name in wanted if rehash or name not in self._known]
-        if missing:
-            self._known |= super().fingerprints(missing, rehash=rehash)
-        return {name: self._known[name] for name in wanted}
+from bayou.serving.tenant import CheckedOnce, Tenant, Ticket, taken
+from bayou.serving.voice import Voices
 
 
 @dataclass(frozen=True)
@@ -118,7 +64,7 @@ class Bank:
         lines: int,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._checkpoint = _CheckedOnce(folder)
+        self._checkpoint = CheckedOnce(folder)
         self._config = self._checkpoint.config
         self._model, self._router, self._changed = model, router, changed
         self.device = model.get_input_embeddings().weight.device
@@ -151,14 +97,19 @@ class Bank:
         with self._lock:
             return self.base if name == self.base.name else self._tenants.get(name)
 
-    def register(self, name: str, path: Path, *, replacing: bool = False) -> Tenant:
+    def register(self, name: str, path: Path) -> Tenant:
         """Let a file be asked for by `name`. It is opened and compared with the base, and not loaded yet.
 
-        Raises BadInput where the name is taken (unless `replacing` it) or the file can never fit, WrongBase, BadFile,
-        DamagedFile, Unsupported.
+        Raises BadInput where the name is taken, WrongBase, BadFile, DamagedFile, Unsupported.
         """
-        if not replacing:
-            self._check_free(name)
+        if self.find(name) is not None:
+            raise taken(name)
+        tenant = self.open(name, path)
+        self.enter(tenant)
+        return tenant
+
+    def open(self, name: str, path: Path) -> Tenant:
+        """A tenant that tickets can be had for, and that nobody can ask for by its name yet. Raises as `register`."""
         file = DeltaFile(path)
         if file.self_contained:
             raise Unsupported(f"{path} leans on no base, so it is not served over one; use bayou.load")
@@ -166,18 +117,18 @@ class Bank:
         check_config(self._config, file.fine_tune_config(self._checkpoint.folder), path)
         files = {small: file.read_file(small, self._checkpoint.folder) for small in file.files}
         tenant = Tenant(name, file, self._voices.of(files, path))
-        with self._lock:
-            old = self._tenants.get(name)
-            if old is not None and not replacing:
-                raise BadInput(f"the model {name!r} is loaded already; unload it first")
-            self._tenants[name] = tenant
-            if old is not None:
-                self._leave(old)
+        _ = tenant.fidelity  # read by now, so that no other thread reads the file beside the loading one
         return tenant
 
-    def _check_free(self, name: str) -> None:
-        if self.find(name) is not None:
-            raise BadInput(f"the model {name!r} is loaded already; unload it first")
+    def enter(self, tenant: Tenant, *, replacing: bool = False) -> None:
+        """Let a tenant be asked for by its name. Raises BadInput where that is taken, unless by one to be replaced."""
+        with self._lock:
+            old = self._tenants.get(tenant.name)
+            if tenant.name == self.base.name or (old is not None and not replacing):
+                raise taken(tenant.name)
+            self._tenants[tenant.name] = tenant
+            if old is not None:
+                self._leave(old)
 
     def unregister(self, name: str) -> bool:
         """Let a tenant be asked for no longer; whether there was one. Requests that hold tickets run to their end."""
@@ -186,6 +137,11 @@ class Bank:
             if tenant is not None:
                 self._leave(tenant)
             return tenant is not None
+
+    def forget(self, tenant: Tenant) -> None:
+        """Let go of a tenant that was opened and not entered."""
+        with self._lock:
+            self._leave(tenant)
 
     def _leave(self, tenant: Tenant) -> None:
         tenant.gone = True

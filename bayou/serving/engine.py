@@ -9,18 +9,20 @@ that fails is done again a tenant at a time, so that only the culprit's requests
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 from bayou.errors import BayouError
-from bayou.serving.bank import Bank, Tenant, Ticket
+from bayou.serving.bank import Bank
 from bayou.serving.forward import Part, Runner
 from bayou.serving.refusals import Refused, busy, refusal
 from bayou.serving.sampling import Chosen, Row, Sampling
+from bayou.serving.tenant import Tenant, Ticket
 from bayou.serving.voice import Speech
 
 _PATIENCE = 5.0
@@ -58,6 +60,7 @@ class Answer:
     done: int = 0
     slot: int = 0
     cancelled: bool = False
+    arrived: float = field(default_factory=time.monotonic)
 
     @property
     def tenant(self) -> Tenant:

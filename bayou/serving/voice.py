@@ -46,21 +46,24 @@ class Voice:
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, those that the tokenizer sets before every text among them."""
+        return self._tokens(text, special=True)
+
+    def _tokens(self, text: str, special: bool) -> list[int]:
         with self.tokenizer.lock:
-            return list(self.tokenizer.inner(text).input_ids)
+            try:
+                return list(self.tokenizer.inner(text, add_special_tokens=special).input_ids)
+            except (TypeError, ValueError, UnicodeError) as error:  # half a surrogate pair, which is no text
+                raise Refused(f"the prompt cannot be read as text: {error!s:.200}", param="prompt") from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation through the tenant's own chat template. Raises Refused where it has none."""
         if not self.tokenizer.inner.chat_template:
             raise Refused("this model has no chat template; use /v1/completions", code="no_chat_template")
-        with self.tokenizer.lock:
-            try:
-                text = self.tokenizer.inner.apply_chat_template(
-                    list(messages), tokenize=False, add_generation_prompt=True
-                )
-            except Exception as error:  # a template may raise anything, on purpose too (two user turns in a row)
-                raise Refused(f"the model's chat template refuses these messages: {error!s:.300}") from None
-            return list(self.tokenizer.inner(text, add_special_tokens=False).input_ids)
+        try:  # without the lock, which whoever speaks needs: a template may take long
+            text = self.tokenizer.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may raise anything, on purpose too (two user turns in a row)
+            raise Refused(f"the model's chat template refuses these messages: {error!s:.300}") from None
+        return self._tokens(text, special=False)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of tokens, without special ones."""
