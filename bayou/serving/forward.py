@@ -60,6 +60,7 @@ class Runner:
     Raises BadInput, and Unsupported for a model that cannot be served.
     """
 
+    @torch.inference_mode(False)  # whatever mode our caller is in: tables are written by other threads later
     def __init__(self, folder: Path, device: str, dtype: torch.dtype, lines: int, batch: int, length: int) -> None:
         checkpoint = Checkpoint(folder)
         self.device = torch.device(device)
