@@ -296,6 +296,26 @@ def test_stop_strings(text: str, stops: tuple[str, ...], wanted: str) -> None:
         assert wanted.startswith("".join(said[:i]))
 
 
+def test_the_kernels_tables_give_the_same_answers(made: tuple, tmp_path: Path) -> None:
+    """By the kernels' plain reference, which a CPU takes: lines that are given to others, and tables that grow."""
+    base, files = made
+    engine = opened(made, kernels=True, tenants=3)
+    try:
+        models = {name: alone(base, files[name], tmp_path / name) for name in files}
+        for names in (("lowrank", "dense"), ("deltacome", "bitdelta", "gain"), tuple(files)):
+            asked = [(name, p, Asked(engine, name, p, GREEDY)) for p in prompts(3) for name in (*names, "base")]
+            for name, prompt, answer in asked:
+                if name != "base":
+                    assert answer.wait().tokens == greedy(models[name], prompt, 8), name
+                assert answer.wait().refused is None
+        tables = [module.deltas for module in engine.model.router.modules.values() if getattr(module, "deltas", None)]
+        assert len(tables) == 2 * 7 + 1
+        held = {tenant.on_device.slot for name in files if (tenant := engine.bank.find(name)).on_device}
+        assert all({i for i, terms in enumerate(table.terms) if terms[0]} <= held for table in tables)
+    finally:
+        engine.close()
+
+
 def test_unpacked_factors_give_the_same_answers(made: tuple, sizes: dict[str, int], tmp_path: Path) -> None:
     engine = opened(made, unpack=True)
     try:

@@ -234,6 +234,7 @@ class Bank:
 
     def _drop_device(self, tenant: Tenant) -> None:
         if tenant.on_device is not None:
+            self._router.clear(tenant.on_device.slot)
             self._free.append(tenant.on_device.slot)
             tenant.on_device = None
             del self._used[tenant]

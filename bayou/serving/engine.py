@@ -74,7 +74,7 @@ class Settings:
 
     memory, host_memory: bytes of deltas on the device and beside it. tenants: on the device at once. batch: answers at
     once. length: tokens of a prompt and its answer. queue: answers that may wait. piece: tokens of a prefill step.
-    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU.
+    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels: see Runner.
     """
 
     memory: int = 8 * 10**9
@@ -87,6 +87,7 @@ class Settings:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     unpack: bool = False
+    kernels: bool | None = None
 
 
 class Engine:
@@ -102,7 +103,10 @@ class Engine:
     def __init__(self, folder: Path, name: str = "base", settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         chosen = self.settings
-        self.model = Runner(folder, chosen.device, chosen.dtype, chosen.tenants + 1, chosen.batch, chosen.length)
+        lines = chosen.tenants + 1
+        self.model = Runner(
+            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, kernels=chosen.kernels
+        )
         self.length = self.model.slots.most
         self._free = list(range(self.settings.batch, 0, -1))
         self._waiting: deque[Answer] = deque()
@@ -118,7 +122,7 @@ class Engine:
             self.model.router,
             limit=self.settings.memory,
             host=self.settings.host_memory,
-            lines=self.settings.tenants + 1,
+            lines=lines,
             unpack=self.settings.unpack,
             changed=self._wake,
         )
