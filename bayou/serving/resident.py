@@ -64,8 +64,8 @@ class Resident:
         return self._mapped(lambda whole: whole.to(target))
 
     def pinned(self) -> "Resident":
-        """The same in page-locked memory, from which a copy to the device does not hold up anyone."""
-        return self._mapped(lambda whole: whole.pin_memory())
+        """The same in page-locked memory of the CPU, from which a copy to the device does not hold up anyone."""
+        return self._mapped(lambda whole: whole.cpu().pin_memory())
 
     def unpacked(self) -> "Resident":
         """The same with every factor as the fp32 numbers that it decodes to: faster on a CPU, and many times larger."""
