@@ -275,6 +275,14 @@ def test_characters_are_said_whole() -> None:
     assert said[2:4] == ["", "ü"]
 
 
+@pytest.mark.parametrize("stops", [(), ("END",)])
+def test_late_text_comes_at_the_end_unless_a_stop_string_is_looked_for(stops: tuple[str, ...]) -> None:
+    speech = Speech(Letters(), stops, late=True)
+    said = [speech.add(byte) for byte in "Grüße END".encode()[: None if stops else 7]]
+    assert (speech.stopped, "".join(said) + speech.end()) == (bool(stops), "Grüße " if stops else "Grüße")
+    assert bool("".join(said)) == bool(stops)
+
+
 @pytest.mark.parametrize(
     ("text", "stops", "wanted"),
     [

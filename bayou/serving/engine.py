@@ -153,7 +153,7 @@ class Engine:
             found = []
             for choice, hear in enumerate(hearers):
                 row = Row(sampling, sampling.draws(choice))
-                speech = Speech(tenant.voice, sampling.stop)
+                speech = Speech(tenant.voice, sampling.stop, sampling.late)
                 ticket = self.bank.ticket(tenant)
                 found.append(Answer(list(prompt), row, hear, ticket, speech, len(prompt)))
             self._waiting.extend(found)
