@@ -73,6 +73,16 @@ def detach(model: PreTrainedModel) -> None:
     delattr(model, _MARK)
 
 
+def differences(
+    model: PreTrainedModel, file: DeltaFile, *, deltas_on: torch.device | str | None = None
+) -> list[tuple[Any, str, Any]]:
+    """What `attach` would set on `model`: (object, attribute, new value). Nothing is set.
+
+    deltas_on: where the deltas of linears and embeddings are to lie, beside the base unless given.
+    """
+    return _Planner(model, file, None, deltas_on=deltas_on).steps()
+
+
 def _attach(
     model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None, done: frozenset[str] = frozenset()
 ) -> Attachment:
@@ -97,9 +107,14 @@ class _Planner:
     """Finds all that is to be set on a model, looking at the base only, before anything is set."""
 
     def __init__(
-        self, model: PreTrainedModel, file: DeltaFile, base: Checkpoint | None, done: frozenset[str] = frozenset()
+        self,
+        model: PreTrainedModel,
+        file: DeltaFile,
+        base: Checkpoint | None,
+        done: frozenset[str] = frozenset(),
+        deltas_on: torch.device | str | None = None,
     ) -> None:
-        self.model, self.file, self.base = model, file, base
+        self.model, self.file, self.base, self.deltas_on = model, file, base, deltas_on
         shared = next((site for site in file.sites.values() if site.anchor and site.tensor not in done), None)
         if shared is not None:
             raise Unsupported(f"{shared.name} shares {shared.anchor}, another layer of its own model; use bayou.load")
@@ -117,7 +132,7 @@ class _Planner:
     def steps(self) -> list[tuple[Any, str, Any]]:
         """(object, attribute, new value) of all that is to be set."""
         served = [name for name, place in self.places.items() if name not in self.finished and not place.converted]
-        device = next(iter(self.model.parameters())).device
+        device = next(iter(self.model.parameters())).device if self.deltas_on is None else torch.device(self.deltas_on)
         # All at once, since threads read and hash them; a model spread over devices moves some once more.
         self.deltas = self.file.deltas([site.name for name in served for site in self.sites[name]], device)
         for name, place in self.places.items():
@@ -179,7 +194,9 @@ class _Planner:
         return self._get(place.path), place.index if part is None else (part,)
 
     def _delta(self, site: SiteRecord, device: torch.device) -> Delta:
-        delta = self.deltas.pop(site.name, None) or self.file.delta(site.name)
+        if site.name not in self.deltas:
+            self.deltas[site.name] = self.file.delta(site.name)
+        delta = self.deltas[site.name]  # kept: a tied head is one delta with two uses
         return delta if delta.device == device else delta.to(device)
 
     def _tail(self, name: str, like: Tensor) -> Tensor | None:
@@ -192,7 +209,8 @@ class _Planner:
         base, index = self._reference(site, Place(path, None, "", False, ()))
         if index is not None:
             raise Unsupported(f"{site.name} differs from an expert, {site.reference}; use bayou.load")
-        delta, extra = self._delta(site, base.device), self._tail(site.name, base)
+        place = base.device if self.deltas_on is None else torch.device(self.deltas_on)
+        delta, extra = self._delta(site, place), self._tail(site.name, base)
         kind = AttachedEmbedding if isinstance(module, nn.Embedding) else AttachedLinear
         attached = kind(module, base, delta, extra)
         if not attached.same:

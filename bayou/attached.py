@@ -20,7 +20,7 @@ from bayou.delta import Delta
 from bayou.skeleton import Index
 
 
-class _Around(nn.Module):
+class Around(nn.Module):
     """A module around `inner`, whose attributes can be asked for as if they were its own."""
 
     def __init__(self, inner: nn.Module) -> None:
@@ -35,7 +35,7 @@ class _Around(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-class _Attached(_Around):
+class _Attached(Around):
     """A module around one with a weight; the delta is (out, in), out possibly less than the base has rows.
 
     base: the reference: inner's own weight, or that of another module (of the base; of a layer that this one
@@ -89,17 +89,25 @@ class AttachedLinear(_Attached):
         """Outputs, those of the extra rows among them."""
         return self.rows
 
+    @property
+    def aligned(self) -> bool:
+        """Whether gain * inner's product + the delta's is all there is, but for the bias."""
+        outputs = self.base.shape[1 if isinstance(self.inner, Conv1D) else 0]
+        return self.base is self.inner.weight and self.extra is None and self.rows == outputs
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
-        if self.gain == 1 and self.base is self.inner.weight and self.rows == self.inner.weight.shape[0]:
+        if self.gain == 1 and self.aligned:
             return self.inner(x) + self.delta.apply(x)
+        bias: Tensor | None = getattr(self.inner, "bias", None)
+        return self.product(x) if bias is None else self.product(x) + bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., in) -> (..., out), without the bias."""
         y = self.delta.apply(x)
         if self.gain:
             y = y + self.gain * functional.linear(x, self.reference())
-        if self.extra is not None:
-            y = torch.cat([y, functional.linear(x, self.extra)], dim=-1)
-        bias: Tensor | None = getattr(self.inner, "bias", None)
-        return y if bias is None else y + bias
+        return y if self.extra is None else torch.cat([y, functional.linear(x, self.extra)], dim=-1)
 
 
 class AttachedEmbedding(_Attached):
@@ -168,7 +176,7 @@ def merged(whole: Tensor, changes: list[Change]) -> Tensor:
     return made
 
 
-class AttachedExperts(_Around):
+class AttachedExperts(Around):
     """A module whose parameters are made of the base's and of deltas at each forward, and then freed.
 
     Right for every experts module, whatever it does with its 3-D parameters, and for every back end; the

@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench | serve`."""
 
 import json
 import sys
@@ -15,6 +15,7 @@ from bayou.bars import Bars
 from bayou.benchmarks import command as bench
 from bayou.errors import BadInput, BayouError, TooSmall
 from bayou.integrations.command import export
+from bayou.serving.command import serve
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -311,6 +312,7 @@ def restore(
 
 
 app.command(epilog="Example: bayou export org/base math.bayou --rank 256 -o ./math-lora --data test.jsonl")(export)
+app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
 
 
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")

@@ -45,7 +45,7 @@ ORDER = (
     ),
     *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
     *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
-    *("sharing", "load", "share", "integrations", "benchmarks", "cli"),
+    *("sharing", "load", "share", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 
