@@ -1,4 +1,4 @@
-# make test | demo | check | quick | torture | format | clean      PYTHON=python3.13 chooses the interpreter
+# make test | demo | demo-serve | check | quick | torture | format | clean      PYTHON=python3.13 chooses the interpreter
 # Each target sets up .venv by itself; a stamp file tells whether that is still to do.
 
 PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
@@ -10,7 +10,7 @@ PINS  := constraints/$(TAG).txt
 BIN   := $(VENV)/bin/python
 STAMP := $(VENV)/ready-$(TAG)
 
-.PHONY: setup test check quick torture demo format clean
+.PHONY: setup test check quick torture demo demo-serve format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml $(PINS)
 	@rm -f $(VENV)/ready-*
 	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) torch
 	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) hatchling editables
-	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) --no-build-isolation -e '.[dev,plot]'
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) --no-build-isolation -e '.[dev,plot,serve]'
 	@touch $@
 
 constraints/%.txt:
@@ -47,6 +47,9 @@ torture: setup
 
 demo: setup
 	$(BIN) examples/demo.py $(ARGS)
+
+demo-serve: setup
+	$(BIN) examples/demo_serve.py $(ARGS)
 
 format: setup
 	$(BIN) -m ruff check --fix .

@@ -8,6 +8,7 @@ __all__ = [
     "compress",
     "detach",
     "evaluate",
+    "export",
     "inspect",
     "load",
     "restore",
@@ -16,11 +17,13 @@ __all__ = [
 ]
 
 # isort: off  (the names below shadow modules of the same name, so these imports must come last and all at once)
-from bayou.attach import attach, detach, load
+from bayou.attach import attach, detach
 from bayou.compress import compress
 from bayou.deltafile import DeltaFile
 from bayou.errors import BayouError
 from bayou.evaluate import evaluate
+from bayou.integrations.export import export
+from bayou.load import load
 from bayou.report import inspect, verify
 from bayou.restore import restore
 from bayou.share import share

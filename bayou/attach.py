@@ -128,10 +128,13 @@ class _Planner:
         self.planned: list[tuple[Any, str, Any]] = []
         self.parts: dict[Place, list[Change]] = defaultdict(list)  # the index of these places is None
         self.converted: set[str] = set()
-        self.read: dict[str, Delta] = {}
 
     def steps(self) -> list[tuple[Any, str, Any]]:
         """(object, attribute, new value) of all that is to be set."""
+        served = [name for name, place in self.places.items() if name not in self.finished and not place.converted]
+        device = next(iter(self.model.parameters())).device if self.deltas_on is None else torch.device(self.deltas_on)
+        # All at once, since threads read and hash them; a model spread over devices moves some once more.
+        self.deltas = self.file.deltas([site.name for name in served for site in self.sites[name]], device)
         for name, place in self.places.items():
             sites = self.sites[name]
             if name in self.finished:
@@ -191,9 +194,9 @@ class _Planner:
         return self._get(place.path), place.index if part is None else (part,)
 
     def _delta(self, site: SiteRecord, device: torch.device) -> Delta:
-        if site.name not in self.read:  # a tied head is one delta with two uses
-            self.read[site.name] = self.file.delta(site.name)
-        delta = self.read[site.name]
+        if site.name not in self.deltas:
+            self.deltas[site.name] = self.file.delta(site.name)
+        delta = self.deltas[site.name]  # kept: a tied head is one delta with two uses
         return delta if delta.device == device else delta.to(device)
 
     def _tail(self, name: str, like: Tensor) -> Tensor | None:

@@ -83,12 +83,13 @@ class Borrowed:
 
     def attach(self, dtype: torch.dtype, device: torch.device | str) -> None:
         """Let the factored linears, stripped, compute with their anchors' weights, which are filled by now."""
+        deltas = self._file.deltas(self.factored, device)
         for name, site in self.factored.items():
             if site.anchor is None:
                 base = nn.Parameter(torch.empty(0, site.shape[1], dtype=dtype, device=device), requires_grad=False)
             else:
                 base = self._model.get_parameter(self._places[site.anchor].path)
-            linear = AttachedLinear(self._module(name), base, self._file.delta(name).to(device))
+            linear = AttachedLinear(self._module(name), base, deltas[name])
             self._model.set_submodule(self._places[name].path.rpartition(".")[0], linear)
 
     def _module(self, name: str) -> nn.Module:

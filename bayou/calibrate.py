@@ -18,9 +18,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from bayou.errors import BadInput
+from bayou.moments import Grams
 from bayou.skeleton import decoder_layers
 
 _DOCUMENT = 2000  # characters: paragraphs of a text file are joined until a document has that many
@@ -180,7 +180,7 @@ def walk(
     head = _own_head(model)
     fill(None)
 
-    def run(i: int, hidden: Tensor, args: Any, kwargs: Any, grams: _Grams | None, over: bool) -> Any:
+    def run(i: int, hidden: Tensor, args: Any, kwargs: Any, grams: Grams | None, over: bool) -> Any:
         """Layer i over all windows, a step at a time; `over`: its outputs take the place of its inputs."""
         for start in range(0, windows, step):
             part = slice(start, start + step)
@@ -197,7 +197,7 @@ def walk(
         last = i == len(inner) - 1 and head is None  # nobody wants its outputs
         try:
             fill(i)
-            with _Grams(inner[i], f"{path}.{i}") as grams:
+            with Grams(inner[i], f"{path}.{i}") as grams:
                 out = run(i, hidden, args, kwargs, grams, over=keep == "finetuned" and not last)
             visit(i, grams.named)
             if keep == "compressed" and not last:
@@ -216,7 +216,7 @@ def walk(
             part.copy_(module(part))
         return hidden
 
-    head_grams = _Grams(model, "")
+    head_grams = Grams(model, "")
 
     def end(hidden: Tensor) -> None:
         for part in hidden.split(step):
@@ -303,67 +303,6 @@ def _own_head(model: PreTrainedModel) -> str | None:
     if head is None or head.weight is table.weight:
         return None
     return next(path for path, module in model.named_modules() if module is head)
-
-
-class _Grams:
-    """Sums x x^T over the tokens x that the linears inside `root` (at `path` in the model) are given."""
-
-    def __init__(self, root: nn.Module, path: str) -> None:
-        self.named: dict[str, Tensor] = {}
-        self._root, self._path = root, path
-        self._hooks: list[Any] = []
-        self._seen: dict[tuple[Any, ...], tuple[Tensor, Tensor]] = {}
-
-    def __enter__(self) -> _Grams:
-        for name, module in self._root.named_modules():
-            if _takes_vectors(module):
-                hook = self._hook(f"{self._path}.{name}")
-                self._hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self.end_of_step()
-
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if isinstance(x, Tensor) and x.is_floating_point() and x.numel():
-                self.add(name, x)
-
-        return hook
-
-    def add(self, name: str, x: Tensor) -> None:
-        """Add the tokens of x (..., in) to the gram of `name`, shared with whoever was given x before."""
-        # The same place in memory in the same step (in which every x is kept, so that no place is used twice)
-        # is the same input: q, k and v are given one tensor, a router and its experts two views of one.
-        version = 0 if x.is_inference() else x._version
-        key = (x.data_ptr(), x.numel(), x.shape[-1], x.stride()[-2:], version)
-        if key in self._seen:
-            self.named.setdefault(name, self._seen[key][1])
-            return
-        flat = x.reshape(-1, x.shape[-1]).float()
-        gram = self.named.get(name)
-        if gram is None:
-            gram = self.named[name] = flat.new_zeros(flat.shape[1], flat.shape[1])
-        # One fp32 sum, no copy of the gram: some hundred steps add 1e-5 of rounding at the very most.
-        gram.addmm_(flat.T, flat)
-        self._seen[key] = (x, gram)
-
-    def end_of_step(self) -> None:
-        """Forget the inputs of this step."""
-        self._seen.clear()
-
-
-def _takes_vectors(module: nn.Module) -> bool:
-    """Is the module's first argument multiplied by a matrix: a linear, a Conv1D, a router, merged experts?"""
-    if isinstance(module, nn.Linear | Conv1D):
-        return True
-    if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
-        return False
-    own = dict(module.named_parameters(recurse=False))
-    return any(p.ndim == 3 for p in own.values()) or ("weight" in own and own["weight"].ndim == 2)
 
 
 def _documents(source: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -12,6 +12,7 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -121,26 +122,28 @@ def _entry(name: str, value: dict[str, Any], data: int) -> Entry:
 def read_bytes(file: BinaryIO, start: int, stop: int) -> bytearray:
     """Bytes start:stop of an open file. Raises BadFile where the file ends before."""
     buffer = bytearray(stop - start)
-    view, done = memoryview(buffer), 0
-    while done < len(buffer):
+    read_into(memoryview(buffer), file, start)
+    return buffer
+
+
+def read_into(view: memoryview, file: BinaryIO, start: int) -> None:
+    """Fill `view` with the file's bytes from `start` on. Raises BadFile where the file ends before."""
+    done = 0
+    while done < len(view):
         got = os.preadv(file.fileno(), [view[done : done + 2**30]], start + done)
         if got == 0:
             raise BadFile(f"{file.name}: the file ended at byte {start + done:,}; it changed while being read")
         done += got
-    return buffer
 
 
 def as_tensor(buffer: bytearray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """The bytes as a tensor, without a copy."""
-    if not buffer:
-        return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(buffer, dtype=dtype).view(shape)
+    return torch.frombuffer(buffer, dtype=dtype).view(shape) if buffer else torch.empty(shape, dtype=dtype)
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The tensor's bytes, little-endian, row after row."""
-    flat = tensor.detach().cpu().contiguous().view(-1)
-    return flat.view(torch.uint8).numpy().data
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 class Checkpoint:
@@ -192,6 +195,10 @@ class Checkpoint:
         """Shape on disk."""
         return self._entries[name][1].shape
 
+    def tensor_nbytes(self, name: str) -> int:
+        """Bytes of one tensor."""
+        return self._entries[name][1].stop - self._entries[name][1].start
+
     def word(self, name: str) -> str:
         """safetensors' word for the dtype, e.g. BF16."""
         return self._entries[name][1].dtype
@@ -230,26 +237,22 @@ class Checkpoint:
         A file is unchanged when its path, size, modification time in nanoseconds and inode are, or when it is a blob
         of the Hub's cache, whose name is its sha256. rehash: read every byte all the same.
         """
-        caches: dict[str, dict[str, str]] = {}
-        result, fresh = {}, set()
-        for name in names:
-            file_name = self._entries[name][0]
-            known = caches.setdefault(file_name, {} if rehash else _cached(self._key(file_name)))
-            if name not in known:
-                known[name] = self.fingerprint(name).hex()
-                fresh.add(file_name)
-            result[name] = bytes.fromhex(known[name])
-        for file_name in fresh:
-            _cache(self._key(file_name), caches[file_name])
-        return result
+        file_of = {name: self._entries[name][0] for name in names}
+        known = {file: {} if rehash else _cached(self._key(file)) for file in set(file_of.values())}
+        missing = [name for name, file in file_of.items() if name not in known[file]]
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:  # hashing and reading let other threads run
+            for name, digest in zip(missing, pool.map(self.fingerprint, missing), strict=True):
+                known[file_of[name]][name] = digest.hex()
+        for file in {file_of[name] for name in missing}:
+            _cache(self._key(file), known[file])
+        return {name: bytes.fromhex(known[file][name]) for name, file in file_of.items()}
 
     def _key(self, file_name: str) -> str:
         path = (self.folder / file_name).resolve()
         if re.fullmatch(r"[0-9a-f]{64}", path.name) and path.parent.name == "blobs":
             return path.name
         stat = path.stat()
-        identity = [str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]).encode()).hexdigest()
 
 
 def _cache_file(key: str) -> Path:
@@ -269,9 +272,9 @@ def _cached(key: str) -> dict[str, str]:
 
 def _cache(key: str, values: dict[str, str]) -> None:
     path = _cache_file(key)
+    temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):  # a read-only home only costs the next run some hashing
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
         try:
             temporary.write_text(json.dumps(values))
             os.replace(temporary, path)
@@ -302,9 +305,7 @@ def _weight_files(folder: Path) -> list[str]:
     if found:
         raise BadInput(f"{folder} has {len(found)} safetensors files and no model.safetensors.index.json")
     if (folder / "adapter_model.safetensors").is_file():
-        raise BadInput(
-            f"{folder} holds an adapter; merge it into its base first (peft: merge_and_unload, save_pretrained)"
-        )
+        raise BadInput(f"{folder} holds an adapter; merge it into its base first (merge_and_unload, save_pretrained)")
     if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
         raise BadInput(f"{folder} holds pickled weights only; save it again with safe_serialization=True")
     raise BadInput(f"{folder} has no model.safetensors and no shards")

@@ -1,17 +1,20 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | eval | serve`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench | serve`."""
 
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bayou import methods
+from bayou.bars import Bars
+from bayou.benchmarks import command as bench
 from bayou.errors import BadInput, BayouError, TooSmall
+from bayou.integrations.command import export
 from bayou.serving.command import serve
 
 app = typer.Typer(
@@ -20,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tuned LLMs as small, verified differences from their base.",
 )
+app.add_typer(bench.app, name="bench")
 _screen = Console(stderr=True)
 
 Base = Annotated[str, typer.Argument(help="The base: a model folder or a Hub id.")]
@@ -88,6 +92,7 @@ def compress(
     from bayou.compress import EMBEDDING_RATE
     from bayou.compress import compress as run
     from bayou.restore import parse_size
+    from bayou.workers import speaks
 
     chosen = _options(option)
     chosen |= {k: v for k, v in {"bands": bands, "bits": bits, "refit": refit}.items() if v is not None}
@@ -96,7 +101,7 @@ def compress(
             f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed"
         )
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
-    with _Bars() as bars:
+    with Bars(_screen) as bars:
         report = run(
             base,
             finetuned,
@@ -120,6 +125,8 @@ def compress(
             revision=revision,
             progress=bars.show,
         )
+    if not speaks():  # torchrun started several of us, and the first one prints
+        return
     errors = ", ".join(f"{role} {error:.3f}" for role, error in report.errors.items())
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
@@ -131,14 +138,18 @@ def compress(
 @app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")
 def share(
     model: Annotated[str, typer.Argument(help="The model: a folder or a Hub id.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write.")],
-    method: Annotated[str, typer.Option(help="deltallm, or a rival: shortgpt, laco, ...")] = "deltallm",
+    out: Annotated[Path, typer.Option("--out", "-o", help="The file to write; for slicegpt a folder.")],
+    method: Annotated[
+        str, typer.Option(help="deltallm; shortgpt, laco, laco-code, slicegpt, jointdrop, lastlayers; dense (control).")
+    ] = "deltallm",
     plan: Annotated[str, typer.Option(help="layout, or search: choose per sub-layer by measured loss.")] = "layout",
     layout: Annotated[str, typer.Option(help="alternating or sequential.")] = "alternating",
     kinds: Annotated[str, typer.Option(help="What is shared: mlp, attention or all.")] = "mlp",
     keep_ends: Annotated[int, typer.Option(help="Blocks kept whole at either end.")] = 2,
     reduce: Annotated[float | None, typer.Option(help="Share of all parameters to remove; 0.12 unless given.")] = None,
     ratio: Annotated[float | None, typer.Option(help="The same as parameters of the model over those left.")] = None,
+    budget: Annotated[str | None, typer.Option(help="--plan search: the file's size instead, e.g. 200MB.")] = None,
+    near: Annotated[int, typer.Option(help="--plan search: anchors are so many blocks before at most.")] = 1,
     rank: Annotated[int | None, typer.Option(help="Rank of every delta.")] = None,
     count: Annotated[int | None, typer.Option(help="Delta blocks.")] = None,
     blocks: Annotated[str, typer.Option(help="The delta blocks themselves, e.g. 8,12,16.")] = "",
@@ -150,17 +161,21 @@ def share(
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
     option: Annotated[list[str] | None, typer.Option(help="Any other option of --delta-method, NAME=VALUE.")] = None,
     anchor_bits: Annotated[int | None, typer.Option(help="Store anchors in 1 to 8 bits (GPTQ).")] = None,
-    quantise: Annotated[str, typer.Option(help="What --anchor-bits is for: anchors, linears or all.")] = "anchors",
+    quantise: Annotated[
+        str | None, typer.Option(help="What --anchor-bits is for: anchors, linears (default of dense) or all.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(help="A text or .jsonl file; none = no calibration.")] = None,
     calibration_tokens: Annotated[int | None, typer.Option(help="32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     train: Annotated[str | None, typer.Option(help="Train the deltas on this text or .jsonl file.")] = None,
     tokens: Annotated[str, typer.Option(help="--train: tokens, e.g. 15M.")] = "15M",
-    rate: Annotated[float, typer.Option(help="--train: peak learning rate.")] = 1e-3,
+    rate: Annotated[float | None, typer.Option(help="--train: peak learning rate; 1e-3, lastlayers 1e-4.")] = None,
     alpha: Annotated[float, typer.Option(help="--train: share of KL to the model in the loss.")] = 0.5,
     pmr: Annotated[bool, typer.Option("--pmr/--no-pmr", help="--train: Progressive Module Replacement.")] = True,
     blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
+    pmr_start: Annotated[float, typer.Option(help="--train: share replaced at the start.")] = 0.3,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
+    search: Annotated[int, typer.Option(help="--train: first try so many rates, alphas and PMR starts.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
     revision: Annotated[str | None, typer.Option(help="The model's revision on the Hub.")] = None,
@@ -174,16 +189,20 @@ def share(
 
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
+    dial = replace(dial, budget=parse_size(budget) if budget else None, near=near)
     training = None
-    if train is None and (tokens, rate, alpha, pmr, blend, lora) != ("15M", 1e-3, 0.5, True, False, 0):
+    how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, search)
+    if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, 0):
         raise BadInput(
-            "--tokens, --rate, --alpha, --no-pmr, --blend and --lora say how to train; give --train TEXT with them "
-            "(tokens to calibrate on are --calibration-tokens)"
+            "--tokens, --rate, --alpha, --no-pmr, --blend, --pmr-start, --lora and --search say how to train; give "
+            "--train TEXT with them (tokens to calibrate on are --calibration-tokens)"
         )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
-        training = Training(train, amount, rate, alpha, progressive=pmr, blend=blend, lora=lora)
-    with _Bars() as bars:
+        training = Training(
+            train, amount, rate, alpha, progressive=pmr, blend=blend, start=pmr_start, lora=lora, search=search
+        )
+    with Bars(_screen) as bars:
         report = run(
             model,
             out,
@@ -210,10 +229,22 @@ def share(
         f"({100 * report.removed_of_layers:.2f} % without embeddings)"
     )
     print(f"  {report.ties} matrices tied, {report.dropped} sub-layers dropped")
-    if report.training:
-        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**report.training))
-        if report.training["returns"]:
-            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**report.training))
+    if found := report.training.get("search"):
+        best = " ".join(
+            f"--{name.replace('start', 'pmr-start')} {value:.3g}" for name, value in found["chosen"].items()
+        )
+        print(f"  chosen of {len(found['trials'])} trials on {found['trial_tokens']:,} tokens each: {best}")
+    if told := report.training:
+        times = told["tokens"] / (told["windows"] * told["length"])
+        print("  trained on {tokens:,} tokens to loss {loss:.3f} (CE {ce:.3f}, KL {kl:.3f})".format(**told), end="")
+        print(f"; the text was taken {times:.1f} times")
+        if told["batch"] < told["batch_asked"]:
+            print(
+                "  the text fills {windows} windows of {length} tokens, fewer than the {batch_asked} of a step: a step "
+                "had {batch}; give more text".format(**told)
+            )
+        if told["returns"]:
+            print("  the loss was not a number {returns} times; rate lowered to {rate:.2g}".format(**told))
     _finish(as_json, report.json())
 
 
@@ -251,7 +282,8 @@ def verify(
     """Check every byte of a file, and with --base that the base is the right one."""
     from bayou import report
 
-    found = report.verify(file, base)
+    with Bars(_screen) as bars:
+        found = report.verify(file, base, bars.show)
     against = f", and {found['base_tensors']} tensors of the base are the right ones" if base else ""
     print(f"{file}: sound; {found['entries']} entries, {found['bytes']:,} bytes, root {found['root'][:16]}{against}")
     _finish(as_json, found)
@@ -271,19 +303,22 @@ def restore(
     """Write the model of a file as an ordinary Hugging Face folder."""
     from bayou.restore import restore as run
 
-    if file is None:  # the one argument is the file, which leans on no base
-        folder = run(None, base, out, dtype=dtype, max_shard_size=max_shard_size)
-    else:
-        folder = run(base, file, out, dtype=dtype, max_shard_size=max_shard_size)
+    lender, path = (base, file) if file is not None else (None, base)  # one argument is a file that leans on no base
+    with Bars(_screen) as bars:
+        folder = run(lender, path, out, dtype=dtype, max_shard_size=max_shard_size, progress=bars.show)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     print(f"{folder}: {size:,} bytes of weights")
     _finish(as_json, {"path": str(folder), "bytes": size})
 
 
+app.command(epilog="Example: bayou export org/base math.bayou --rank 256 -o ./math-lora --data test.jsonl")(export)
+app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
+
+
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
 def evaluate(
     base: Base,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored folder.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored or sliced folder.")],
     finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
     data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
     rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
@@ -292,45 +327,20 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.attach import load
+    from bayou.baselines.slicegpt import is_sliced
     from bayou.calibrate import read_tokenizer
     from bayou.checkpoint import resolve
     from bayou.evaluate import evaluate as run
     from bayou.evaluate import read_model, table
+    from bayou.load import load
 
     folder = resolve(finetuned)
     tokenizer = read_tokenizer(folder)
     reference = read_model(folder, device)
-    candidate = read_model(file, device) if file.is_dir() else load(base, file, device=device)
+    candidate = read_model(file, device) if file.is_dir() and not is_sliced(file) else load(base, file, device=device)
     found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
     Console().print(table(found))
     _finish(as_json, found)
-
-
-app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
-
-
-class _Bars:
-    """Progress bars on stderr, one a step of the work; nothing where stderr is no terminal."""
-
-    def __init__(self) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._progress = Progress(*columns, console=_screen, disable=not _screen.is_terminal)
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, step: str, done: int, total: int) -> None:
-        """A step, "name" or "name: how it stands"."""
-        name = step.partition(":")[0]
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(step, total=total)
-        self._progress.update(self._tasks[name], description=step, completed=done, total=total)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
     take stock of every tensor        inventory.take
     choose ranks for the budget       allocate.allocate
-    walk the layers, encode           calibrate.walk, methods.NAME.encode
+    walk the layers, encode           encoder.Encoder, methods.NAME.encode
     fit the scales (BitDelta)         distill.fit
     write, atomically                 contents.Contents.write
 
@@ -12,31 +12,29 @@ Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and 
 import hashlib
 import json
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton
+from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton, workers
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.contents import Contents
 from bayou.delta import Delta, Term
 from bayou.deltafile import DeltaFile
-from bayou.entry import pack_terms, unpack_terms
+from bayou.encoder import Encoder, Progress, stored_delta
+from bayou.entry import pack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
-from bayou.methods import Gram, Site
 from bayou.plan import SiteRecord
 from bayou.version import __version__
+from bayou.workers import Workers
 
 EMBEDDING_RATE = 0.5
 """Bytes a weight of embeddings and heads, relative to the linears' (LOG.md has the sweep)."""
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -63,8 +61,8 @@ class Report:
 
 
 def compress(
-    base: str | Path,
-    finetuned: str | Path,
+    base: str | Path | Checkpoint,
+    finetuned: str | Path | Checkpoint,
     out: str | Path,
     *,
     method: str = "deltacome",
@@ -75,7 +73,7 @@ def compress(
     keep: tuple[str, ...] = (),
     embedding_rate: float = EMBEDDING_RATE,
     embedding_options: dict[str, Any] | None = None,
-    calibration: str | Path | None = None,
+    calibration: str | Path | Tensor | None = None,
     tokens: int | None = None,
     length: int = 512,
     activations: Literal["finetuned", "compressed"] = "finetuned",
@@ -89,7 +87,7 @@ def compress(
     """Write the file `out` by which `restore` and `load` make `finetuned` from `base`.
 
     Args:
-        base, finetuned: model folders or Hub ids; base_revision, revision: their Hub revisions.
+        base, finetuned: model folders or Hub ids, or such opened; base_revision, revision: their Hub revisions.
         method: a name of `methods.names()`; options: its keyword arguments, e.g. {"bands": "8x2,3x32,2"}.
         ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given).
         budget: the same as a number of bytes. A method of one size (bitdelta) may leave some of it unused.
@@ -98,9 +96,12 @@ def compress(
         keep: what is stored exactly: embeddings, heads, norms, biases, linears, experts, or patterns of names.
         embedding_rate: bytes a weight of embeddings relative to linears'. embedding_options: {"method": ..., ...}.
         calibration: a text or .jsonl file (see calibrate.read_tokens); "none" goes without; None takes English text
-            that Python carries. tokens: 32,768 on the CPU and 262,144 on a GPU unless given; length: of a window.
+            that Python carries; a tensor is windows of ids, (windows, length). tokens: 32,768 on the CPU and 262,144
+            on a GPU unless given; length: of a window.
         activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
         distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
+        device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
+            share out the matrices, "cuda" being a GPU for each; the file is that of a single process.
 
     Raises:
         TooSmall: the size cannot be reached; names the least that can. BadInput, Unsupported, JournalMismatch, and
@@ -111,8 +112,8 @@ def compress(
     own = getattr(methods.get(method), "DISTILL_STEPS", 0)
     distil = own if distill_steps is None else distill_steps
     preflight.check_distillation(distil, calibration)
-    with clock.measuring() as steps:
-        job = _Job(base, finetuned, Path(out), base_revision, revision, device, progress or (lambda *_: None))
+    with clock.measuring() as steps, workers.joined() as here:
+        job = _Job(base, finetuned, Path(out), base_revision, revision, device, here, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
         tables = embedding_options or methods.get(method).EMBEDDINGS
         if accounting == "paper":
@@ -127,14 +128,23 @@ def compress(
         windows = job.windows(calibration, tokens, length, seed) if needs else None
         needed = distil * distill.BATCH * distill.LENGTH
         text = job.windows(calibration, needed, distill.LENGTH, seed) if distil else None
-        held = Journal(job.out, job.key(windows, activations, text, distil))
+        with clock.step("hash"):
+            key = job.key(windows, activations, text, distil)
+        held = Journal(job.out, key, guest=not here.first)
         preflight.check_room(job.out, held.folder, job.contents.nbytes(), 3 if distil else 2)
+        if not here.first:
+            here.wait()  # until the journal is there
         with held as journal:
+            if here.first:
+                here.wait()
             job.encode(journal, windows, activations)
-            gains = job.distil(journal, text, distil) if text is not None else {}
-            with clock.step("write"):
-                size = job.write(journal, job.out, gains)
-            journal.finish()
+            gains = job.distil(journal, text, distil) if text is not None and here.first else {}
+            if here.first:
+                with clock.step("write"):
+                    job.write(journal, job.out, gains)
+                journal.finish()
+            here.wait()
+        size = job.out.stat().st_size
         steps_now = dict(steps)
     errors = job.errors_by_role()
     seconds = time.perf_counter() - started
@@ -142,24 +152,29 @@ def compress(
     return Report(str(out), method, size, job.tuned.nbytes / size, *counts, seconds, steps_now, errors)
 
 
+def _opened(model: str | Path | Checkpoint, revision: str | None) -> Checkpoint:
+    return model if isinstance(model, Checkpoint) else Checkpoint(resolve(model, revision))
+
+
 class _Job:
     """One compression: the two checkpoints, what stands for each tensor, and the steps in their order."""
 
     def __init__(
         self,
-        base: str | Path,
-        finetuned: str | Path,
+        base: str | Path | Checkpoint,
+        finetuned: str | Path | Checkpoint,
         out: Path,
         base_revision: str | None,
         revision: str | None,
         device: str,
+        workers: Workers,
         progress: Progress,
     ) -> None:
         preflight.check_device(device)
         preflight.check_revision(base_revision)
-        self.out, self.device, self.progress = out, device, progress
-        self.base, self.tuned = Checkpoint(resolve(base, base_revision)), Checkpoint(resolve(finetuned, revision))
-        self.base_id = "" if Path(base).is_dir() else str(base)
+        self.out, self.device, self.workers, self.progress = out, device, workers, progress
+        self.base, self.tuned = _opened(base, base_revision), _opened(finetuned, revision)
+        self.base_id = "" if isinstance(base, Checkpoint) or Path(base).is_dir() else str(base)
         self.revision = base_revision or (preflight.snapshot_commit(self.base.folder) if self.base_id else "")
         for folder in (self.base.folder, self.tuned.folder):
             preflight.check_output(out, folder)
@@ -177,10 +192,20 @@ class _Job:
                 f"no tensor of {self.tuned.folder} has a counterpart in {self.base.folder}; is it the right base?"
             )
         found = inventory.take(
-            self.base, self.tuned, matched, self.places, method=method, options=options, tables=tables, keep=keep
+            self.base,
+            self.tuned,
+            matched,
+            self.places,
+            method=method,
+            options=options,
+            tables=tables,
+            keep=keep,
+            device=self.workers.device(self.device),
         )
         used = {site.reference for site in found.sites if site.reference is not None} | set(found.unchanged)
         old, new = sidecar.carried(self.base.folder), sidecar.carried(self.tuned.folder)
+        with clock.step("hash"):
+            fingerprints = self.base.fingerprints(sorted(used))
         same = {name: sidecar.digest(content) for name, content in new.items() if old.get(name) == content}
         differing = {name: sidecar.difference(old.get(name), new[name]) for name in new if name not in same}
         self.contents = Contents(
@@ -189,7 +214,7 @@ class _Job:
             unchanged=found.unchanged,
             base_id=self.base_id,
             revision=self.revision,
-            used=self.base.fingerprints(sorted(used)),
+            used=fingerprints,
             files=same,
             changed_files=differing,
         )
@@ -217,7 +242,11 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ calibration
 
-    def windows(self, calibration: str | Path | None, tokens: int | None, length: int, seed: int) -> Tensor | None:
+    def windows(
+        self, calibration: str | Path | Tensor | None, tokens: int | None, length: int, seed: int
+    ) -> Tensor | None:
+        if isinstance(calibration, Tensor):
+            return calibration
         if calibration == "none":
             return None
         if tokens is None:
@@ -248,98 +277,13 @@ class _Job:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    # ------------------------------------------------------------------------------------------ encoding
-
     def encode(self, journal: Journal, windows: Tensor | None, activations: Literal["finetuned", "compressed"]) -> None:
-        todo = set(range(len(self.sites)))
-        layers_path, layers = "", nn.ModuleList()
-        if windows is not None:
-            layers_path, layers = skeleton.decoder_layers(self.model)
-        by_layer: dict[int, list[int]] = {}
-        for index, site in enumerate(self.sites):
-            place = self.places.get(site.tensor)
-            if windows is not None and site.method and place and place.path.startswith(layers_path + "."):
-                by_layer.setdefault(int(place.path[len(layers_path) + 1 :].split(".")[0]), []).append(index)
-        pending = [i for indexes in by_layer.values() for i in indexes if journal.get(i) is None]
-        if windows is not None and pending:
-
-            def fill(layer: int | None) -> None:
-                with clock.step("read layers"):
-                    skip = layers_path if layer is None else None
-                    prefix = "" if layer is None else f"{layers_path}.{layer}"
-                    skeleton.fill(self.model, prefix, self.places, self.tuned.read, device=self.device, skip=skip)
-
-            def visit(layer: int, grams: dict[str, Tensor]) -> None:
-                shared: dict[int, Gram] = {}
-                for index in by_layer.get(layer, []):
-                    gram = grams.get(self._gram_key(index))
-                    if gram is not None and len(gram) != self.sites[index].shape[1]:
-                        gram = None  # of the other side: Llama 4's experts are (in, out), and nothing says so
-                    wrapped = None if gram is None else shared.setdefault(id(gram), Gram(gram))
-                    self._encode(journal, index, wrapped)
-                    todo.discard(index)
-                    if activations == "compressed":
-                        self._overwrite(journal, index)
-
-            with clock.step("calibrate"):
-                calibrate.walk(
-                    self.model,
-                    windows,
-                    fill=fill,
-                    empty=lambda layer: skeleton.empty(layers[layer]),
-                    visit=visit,
-                    device=self.device,
-                    keep=activations,
-                    progress=lambda done, total: self.progress("layers", done, total),
-                )
-            skeleton.empty(self.model)
-        for done, index in enumerate(sorted(todo)):
-            self._encode(journal, index, None)
-            self.progress("matrices", done + 1, len(todo))
-
-    def _gram_key(self, index: int) -> str:
-        """The module whose input the site multiplies; merged experts' second matrices have an input of their own."""
-        place = self.places[self.sites[index].tensor]
-        module, _, leaf = place.path.rpartition(".")
-        return "" if place.role == "expert" and "down" in leaf else module
-
-    def _encode(self, journal: Journal, index: int, gram: Gram | None) -> None:
-        site = self.sites[index]
-        if (done := journal.get(index)) is not None:
-            self.errors[index] = done[1]
-            return
-        if not site.method:
-            journal.put(index, b"", 0.0)
-            self.errors[index] = 0.0
-            return
-        matrix = inventory.delta_matrix(site, self.base, self.tuned, self.device)
-        with clock.step("encode"):
-            terms = methods.get(site.method).encode(Site(site.name, matrix, site.role, gram), **site.options)
-        found = tuple(methods.layout_of(term) for term in terms)
-        if found != site.terms:
-            raise AssertionError(f"{site.name}: method {site.method} promised {site.terms}, made {found}")
-        with clock.step("measure error"):
-            error = inventory.relative_error(matrix, Delta(site.shape, terms))
-        self.errors[index] = error
-        journal.put(index, pack_terms(terms), error)
-
-    def _delta(self, journal: Journal, index: int) -> Delta:
-        site, done = self.sites[index], journal.get(index)
-        assert done is not None  # every site has been encoded by now
-        buffer = torch.frombuffer(bytearray(done[0]) or bytearray(1), dtype=torch.uint8)
-        return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
-
-    def _overwrite(self, journal: Journal, index: int) -> None:
-        """Put the compressed weight in the skeleton, where the fine-tune's lies, so that the next layer sees it."""
-        site, place = self.sites[index], self.places[self.sites[index].tensor]
-        if place.converted or site.reference is None:
-            return  # computed from several tensors: the fine-tune's own stays
-        rows = inventory.read_matrix(self.base, site.reference, site.reference_part, site, 0, site.shape[0])
-        weight = self._delta(journal, index).restore(rows, torch.float32)
-        parameter = self.model.get_parameter(place.path)
-        part = parameter if place.index is None else parameter[place.index]
-        part = part if site.part is None else part[site.part]
-        part[: site.disk_shape[0]].copy_((weight.T if site.transposed else weight).reshape(site.disk_shape))
+        """Every site goes into the journal; finds their errors."""
+        device = self.workers.device(self.device)
+        parts = (self.base, self.tuned, self.model, self.places, self.sites, device, self.workers, self.progress)
+        encoder = Encoder(*parts)
+        encoder.encode(journal, windows, activations)
+        self.errors = encoder.errors
 
     def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:
         """Fitted gains by site; works on the file as it is so far, written beside the journal's sites."""
@@ -367,7 +311,7 @@ class _Job:
         """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes."""
 
         def fitted(index: int) -> tuple[Term, ...]:
-            terms = self._delta(journal, index).terms
+            terms = stored_delta(journal, index, self.sites[index]).terms
             return tuple(replace(term, gain=gain) for term, gain in zip(terms, gains[index], strict=True))
 
         def blob(index: int) -> bytes:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bayou import clock
+
 ROWS = 8192
 """Rows of a delta held in fp32 at once."""
 
@@ -40,6 +42,11 @@ def svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Triplets whose singular value is nil (below 1e-7 of the largest) have zero vectors.
     """
+    with clock.step("decompose"):
+        return _svd(matrix, rank)
+
+
+def _svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     out, width = matrix.shape
     rank = min(rank, out, width)
     if min(out, width) >= 1024 and rank * 12 <= min(out, width):
@@ -61,7 +68,7 @@ def svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     u = torch.empty(out, rank, dtype=torch.float32, device=v.device)
     for start, block in matrix.blocks():
         u[start : start + len(block)] = (block.double() @ v).float()
-    s = torch.stack([column.double().norm() for column in u.T])
+    s = torch.cat([columns.double().norm(dim=0) for columns in u.split(128, dim=1)])
     return _divided(u, s.float()), s.float(), v.T.float()
 
 

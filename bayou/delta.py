@@ -17,6 +17,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from bayou.kernels.one_delta import one_delta, suits
 from bayou.packed import Packed, moved, round_once
 
 ROWS = 4096
@@ -109,7 +110,7 @@ class Delta:
         """The terms' product x @ terms.T, (..., in) -> (..., out), in x's dtype, without the reference."""
         if not self.terms:
             return x.new_zeros(*x.shape[:-1], self.shape[0])
-        products = [term.apply(x) for term in self.terms]
+        products = [one_delta(self, x)] if suits(x) else [term.apply(x) for term in self.terms]
         return torch.stack(products).sum(0) if len(products) > 1 else products[0]
 
     def lookup(self, ids: Tensor) -> Tensor:

@@ -15,8 +15,11 @@ and `verify` reads all.
 
 import hashlib
 import json
+import os
 import re
 import weakref
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,13 +28,16 @@ import torch
 from torch import Tensor
 
 from bayou import plan, sidecar
-from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, resolve
+from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, read_into, resolve
 from bayou.contents import FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
-from bayou.errors import BadFile, BadInput, DamagedFile, WrongBase
+from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
 from bayou.plan import SiteRecord
+from bayou.staging import PIECE, Staging
 
+SLICED = "sliced.json"
+"""Marks a folder that stands in a file's place: the model of `bayou share --method slicegpt`."""
 _MAX_ELEMENTS = 2**40
 BASE_FIELD = re.compile(r"[\w./-]{0,300}", re.ASCII)  # the base's id and revision are printed, and asked of the Hub
 
@@ -57,6 +63,11 @@ class DeltaFile:
         try:
             self._file = open(self.path, "rb")  # noqa: SIM115 (kept open: entries are read lazily)
         except OSError as error:
+            if (self.path / SLICED).is_file():
+                raise Unsupported(
+                    f"{self.path} is a folder of a model that slicegpt sliced: its shapes are no architecture's, so it "
+                    "is no .bayou file and has no plain form; bayou.load takes it"
+                ) from None
             raise BadFile(f"cannot open {self.path}: {error.strerror}") from None
         weakref.finalize(self, self._file.close)
         try:
@@ -178,6 +189,7 @@ class DeltaFile:
             shapes[site.tensor] = (shape[0] + grown, *shape[1:])
         try:
             plan.check_anchors(self.sites.values(), shapes)
+            plan.check_expansion(self.sites.values(), self.nbytes)
         except BadFile as error:
             raise BadFile(f"{self.path}: {error}") from None
 
@@ -204,14 +216,47 @@ class DeltaFile:
         entry = self._entries[name]
         raw = read_bytes(self._file, entry.start, entry.stop)
         if name in self._digests and hashlib.sha256(raw).digest() != self._digests[name]:
-            raise DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
+            raise self._damaged(name)
         return raw
+
+    def _damaged(self, name: str) -> DamagedFile:
+        return DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
 
     def delta(self, name: str) -> Delta:
         """The delta of one site, checked."""
         site = self.sites[name]
         buffer = as_tensor(self.read_raw(name), torch.uint8, (site.nbytes,))
         return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
+
+    def deltas(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Delta]:
+        """The deltas of several sites on `device`, checked, by name.
+
+        Threads read and hash them, and copy them to a GPU piece by piece out of page-locked memory.
+        """
+        wanted, device = list(dict.fromkeys(names)), torch.device(device)
+        # The largest first, so that no thread ends with one when all others are through.
+        order = sorted(wanted, key=lambda name: -self.entry_nbytes(name))
+        staging = None if device.type == "cpu" else Staging(device)
+
+        def one(name: str) -> Delta:
+            return self.delta(name) if staging is None else self._staged(name, staging, device)
+
+        with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "load") as pool:
+            found = dict(zip(order, pool.map(one, order), strict=True))
+        return {name: found[name] for name in wanted}
+
+    def _staged(self, name: str, staging: Staging, device: torch.device) -> Delta:
+        site, entry = self.sites[name], self._entries[name]
+        placed, digest = torch.empty(site.nbytes, dtype=torch.uint8, device=device), hashlib.sha256()
+        for start in range(0, site.nbytes, PIECE):
+            count = min(PIECE, site.nbytes - start)
+            piece = staging.buffer[:count].numpy().data
+            read_into(piece, self._file, entry.start + start)
+            digest.update(piece)
+            staging.copy(count, placed[start : start + count])
+        if digest.digest() != self._digests[name]:
+            raise self._damaged(name)
+        return Delta(site.shape, unpack_terms(placed, site.terms, site.shape), site.reference, site.gain)
 
     def read_exact(self, name: str) -> Tensor:
         """An exact tensor ("name") or grown rows ("name[32000:]"), checked."""
@@ -296,10 +341,15 @@ class DeltaFile:
             if not fits:
                 raise BadFile(f"{self.path}: site {site.name!r} is {site.disk_shape}, its reference {shape}")
 
-    def verify(self) -> int:
-        """Read and check every entry, and decode the structure of each site; returns the entries checked."""
-        for name in self._entries:
+    def verify(self, progress: Callable[[str, int, int], None] | None = None) -> int:
+        """Read and check every entry, and decode the structure of each site; returns the entries checked.
+
+        progress: called with ("entries", done, all) after each entry.
+        """
+        for done, name in enumerate(self._entries):
             self.read_raw(name)
+            if progress is not None:
+                progress("entries", done + 1, len(self._entries))
         for name in self.sites:
             self.delta(name)
         return len(self._entries)
@@ -319,11 +369,15 @@ class DeltaFile:
         return old
 
     def fine_tune_config(self, base_folder: Path | None) -> dict[str, Any]:
-        """The fine-tune's config.json. Raises BadFile where that is no JSON object."""
+        """The fine-tune's config.json. Raises BadFile where that is no JSON object or says more layers than tensors."""
         try:
             config = json.loads(self.read_file("config.json", base_folder))
         except (ValueError, RecursionError) as error:
             raise BadFile(f"{self.path}: its config.json is not JSON ({error})") from None
         if not isinstance(config, dict):
             raise BadFile(f"{self.path}: its config.json is not a JSON object")
+        try:
+            sidecar.check_layers(config, len(self.tensors()))
+        except BadFile as error:
+            raise BadFile(f"{self.path}: {error}") from None
         return config

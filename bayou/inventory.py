@@ -6,9 +6,11 @@ to the rows that the base has. What is small, odd-shaped, integral or without a 
 """
 
 import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +42,15 @@ KEEP = {
 
 _WRAPPERS = {"model", "language_model", "transformer", "text_model", "base_model", "module"}
 _BLOCK = 64 * 2**20
+_THREADS = 4
+
+
+class Reads(Protocol):
+    """A checkpoint, or one whose tensors may be on the device already (see ahead.py)."""
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of a tensor, in its own dtype."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -93,8 +104,11 @@ def take(
     options: dict[str, Any],
     tables: dict[str, Any],
     keep: tuple[str, ...] = (),
+    device: torch.device | str = "cpu",
 ) -> Inventory:
     """Decide what stands for each tensor of the fine-tune; reads both checkpoints once, in blocks of rows.
+
+    They are compared on `device`; for a GPU several threads read.
 
     tables: options of embeddings and heads, and "method" where they have one of their own.
     keep: words of KEEP, or regular expressions that a disk name fully matches; such tensors are stored exactly.
@@ -111,16 +125,18 @@ def take(
         table_options = options | table_options
     table_options = methods.check(table_method, table_options)
 
-    for name in sorted(tuned.names(), key=natural):
+    names = sorted(tuned.names(), key=natural)
+    shared = {name: _shared_rows(base, matched.get(name), tuned.shape(name)) for name in names}
+    compared = _compared(base, tuned, matched, {n: rows for n, rows in shared.items() if rows}, device)
+    for name in names:
         check_name(tuned, name)
         place = places.get(name)
         role = place.role if place else "other"
         dtype, shape = tuned.dtype(name), tuned.shape(name)
         reference = matched.get(name)
-        rows = _shared_rows(base, reference, shape)
+        rows = shared[name]
         if reference is not None and rows:
-            base.dtype(reference)  # Unsupported, naming it, before any work
-            same, finite = _compare(base, reference, tuned, name, rows)
+            same, finite = next(compared)
             if same and rows == shape[0] and base.dtype(reference) == dtype and reference == name:
                 unchanged.append(name)
                 continue
@@ -185,14 +201,34 @@ def _codable(shape: tuple[int, ...], dtype: torch.dtype, role: str) -> bool:
     return min(matrix) >= LEAST_SIDE
 
 
-def _compare(base: Checkpoint, reference: str, tuned: Checkpoint, name: str, rows: int) -> tuple[bool, bool]:
+def _compared(
+    base: Checkpoint, tuned: Checkpoint, matched: dict[str, str], rows: dict[str, int], device: torch.device | str
+) -> Iterator[tuple[bool, bool]]:
+    """`_compare` of each name in `rows`, in order."""
+    if torch.device(device).type == "cpu":
+        for name, count in rows.items():
+            yield _compare(base, matched[name], tuned, name, count, device)
+        return
+    with ThreadPoolExecutor(_THREADS) as pool:
+        jobs = [pool.submit(_compare, base, matched[name], tuned, name, count, device) for name, count in rows.items()]
+        try:
+            for job in jobs:
+                yield job.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _compare(
+    base: Checkpoint, reference: str, tuned: Checkpoint, name: str, rows: int, device: torch.device | str
+) -> tuple[bool, bool]:
     """(whether rows :rows equal the base's once cast, whether all of the delta is finite)."""
+    base.dtype(reference)  # Unsupported, naming it, before any work
     dtype = tuned.dtype(name)
     row = max(1, prod(tuned.shape(name)[1:]) * max(dtype.itemsize, 4))
     same = finite = True
     for start in range(0, rows, max(1, _BLOCK // row)):
         stop = min(start + max(1, _BLOCK // row), rows)
-        new, old = tuned.read(name, start, stop), base.read(reference, start, stop)
+        new, old = tuned.read(name, start, stop).to(device), base.read(reference, start, stop).to(device)
         if dtype.is_floating_point and finite:
             finite = bool((new.float() - old.float()).isfinite().all())
         # Bits, not values: -0.0 == 0.0, but a tensor that is said to equal the base's comes back bit for bit.
@@ -244,7 +280,7 @@ def _records(
     ]
 
 
-def read_matrix(checkpoint: Checkpoint, name: str, part: int | None, site: SiteRecord, start: int, stop: int) -> Tensor:
+def read_matrix(checkpoint: Reads, name: str, part: int | None, site: SiteRecord, start: int, stop: int) -> Tensor:
     """Rows start:stop of a tensor in the orientation of the site's terms, (out, in), in its own dtype."""
     if part is not None:
         whole = checkpoint.read(name, part, part + 1)[0]
@@ -256,7 +292,7 @@ def read_matrix(checkpoint: Checkpoint, name: str, part: int | None, site: SiteR
     return matrix[start:stop]
 
 
-def delta_matrix(site: SiteRecord, base: Checkpoint, tuned: Checkpoint, device: torch.device | str) -> Matrix:
+def delta_matrix(site: SiteRecord, base: Reads, tuned: Reads, device: torch.device | str) -> Matrix:
     """The site's delta, fine-tune minus base, subtracted in fp32 block by block."""
 
     def read(start: int, stop: int) -> Tensor:
@@ -270,11 +306,12 @@ def delta_matrix(site: SiteRecord, base: Checkpoint, tuned: Checkpoint, device: 
 
 def relative_error(matrix: Matrix, delta: Delta) -> float:
     """||matrix - delta|| / ||matrix||, Frobenius; 0 for a matrix of zeros."""
-    lost = total = 0.0
+    sums: list[Tensor] = []
     for start, block in matrix.blocks():
         for first in range(0, len(block), ROWS):
             rows = block[first : first + ROWS]
             coded = delta.materialize(start + first, start + first + len(rows))
-            lost += float((rows.double() - coded.to(rows.device)).square().sum())
-            total += float(rows.double().square().sum())
-    return (lost / total) ** 0.5 if total else 0.0
+            lost = (rows.double() - coded.to(rows.device)).square().sum()
+            sums.append(torch.stack([lost, rows.double().square().sum()]))
+    lost_all, total = (sum(parts) for parts in zip(*torch.stack(sums).tolist(), strict=True))
+    return (lost_all / total) ** 0.5 if total else 0.0

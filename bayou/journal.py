@@ -18,14 +18,21 @@ from bayou.errors import BayouError, JournalMismatch, disk_error
 
 
 class Journal:
-    """A context manager. Ctrl-C, a kill or a crash keeps the sites done; `finish`, or a BayouError, removes it."""
+    """A context manager. Ctrl-C, a kill or a crash keeps the sites done; `finish`, or a BayouError, removes it.
 
-    def __init__(self, out: Path, key: str) -> None:
+    guest: use the journal that another process of the same compression holds, and leave making and removing to it.
+    """
+
+    def __init__(self, out: Path, key: str, *, guest: bool = False) -> None:
         self.folder = out.with_name(out.name + ".journal")
         self.out = out
         self._key = key
+        self._guest = guest
 
     def __enter__(self) -> "Journal":
+        if self._guest:
+            self._check()
+            return self
         try:
             self.folder.mkdir(exist_ok=True)
             self._lock = open(self.folder / "lock", "w")  # noqa: SIM115 (held until the end)
@@ -55,18 +62,23 @@ class Journal:
                 left.unlink()
             if not key_file.exists():
                 self._write(key_file, self._key.encode())
-            elif key_file.read_bytes() != self._key.encode():
-                raise JournalMismatch(
-                    f"{self.folder} holds a half-finished compression of other models, options or versions; "
-                    "run that command again to finish it, or delete the folder"
-                )
+            self._check()
         except OSError as error:
             self.finish()
             raise disk_error(error, self.out) from error
 
+    def _check(self) -> None:
+        if (self.folder / "key").read_bytes() != self._key.encode():
+            raise JournalMismatch(
+                f"{self.folder} holds a half-finished compression of other models, options or versions; "
+                "run that command again to finish it, or delete the folder"
+            )
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._guest:
+            return
         # A full disk, or an input that would be refused again: nothing to go on with. Nor is there where no site is
         # done, and then the key would only refuse the corrected command.
         if isinstance(error, BayouError) or (error is not None and not any(self.folder.glob("*.site"))):

@@ -86,6 +86,7 @@ class Dial:
 
     reduce: share of all parameters to remove. rank: of every delta. count: delta blocks. blocks: their numbers, each
     tied to the nearest block before it that is not among them. per_anchor: delta blocks of one anchor (sequential).
+    Of a search alone: budget, bytes of the whole file, in place of reduce; near, how many blocks before are tried.
     """
 
     layout: str = "alternating"
@@ -96,6 +97,8 @@ class Dial:
     count: int | None = None
     blocks: tuple[int, ...] = ()
     per_anchor: int | None = None
+    budget: int | None = None
+    near: int = 1
 
 
 def reduction(reduce: float | None, ratio: float | None) -> float | None:
@@ -117,6 +120,8 @@ def arrange(dial: Dial, subs: Mapping[tuple[int, str], SubLayer], total: int) ->
         raise BadInput(
             f"--layout {dial.layout} --kinds {dial.kinds}: choose {' or '.join(LAYOUTS)}; {', '.join(KINDS)}"
         )
+    if dial.budget is not None or dial.near != 1:
+        raise BadInput("--budget and --near are for --plan search; a layout takes --reduce, --rank and --count")
     if dial.blocks and (dial.count is not None or len(set(dial.blocks)) < len(dial.blocks)):
         raise BadInput(f"--blocks {','.join(map(str, dial.blocks))}: name each once, and leave out --count")
     if dial.per_anchor is not None and (dial.blocks or dial.layout != "sequential"):

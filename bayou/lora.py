@@ -12,10 +12,7 @@ from torch.nn import functional
 
 
 class LoRALinear(nn.Module):
-    """An nn.Linear whose weight is frozen, plus scale * B A; a (rank, in) and b (out, rank) are fp32 and trainable.
-
-    `active` False runs the linear alone.
-    """
+    """An nn.Linear whose weight is frozen, plus scale * B A; a (rank, in) and b (out, rank) are fp32 and trainable."""
 
     def __init__(self, inner: nn.Linear, rank: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -26,13 +23,10 @@ class LoRALinear(nn.Module):
         self.a = nn.Parameter(a.to(inner.weight.device))
         self.b = nn.Parameter(torch.zeros(out, rank, device=inner.weight.device))
         self.scale = scale
-        self.active = True
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), without the bias."""
         y = functional.linear(x, self.inner.weight)
-        if not self.active:
-            return y
         return y + functional.linear(functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype)) * self.scale
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ unless it says otherwise; `null` is none, `self:NAME` is the tensor NAME of the 
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -30,6 +30,8 @@ SELF = "self:"
 MAX_DIMENSIONS = 8
 MAX_UNREFERENCED = 2**31
 """Elements of a site without a reference: no tensor of the base vouches for its size, only a few bytes of terms."""
+EXPANSION = 1024
+"""Elements that a byte of the file may stand for, in matrices whose size no tensor of a base vouches for."""
 _PART = re.compile(r"(.*)\[(0|[1-9][0-9]{0,8})\]", re.DOTALL)
 
 
@@ -243,3 +245,15 @@ def check_anchors(sites: Iterable[SiteRecord], shapes: Mapping[str, tuple[int, .
             shape = shape[1:] if (site.reference_part,) < shape[:1] else ()
         if len(shape) != len(site.disk_shape) or shape[1:] != site.disk_shape[1:] or shape[0] < site.disk_shape[0]:
             raise BadFile(f"site {site.name!r} is {site.disk_shape}, its reference {site.reference!r} {shape}")
+
+
+def check_expansion(sites: Collection[SiteRecord], nbytes: int) -> None:
+    """Raises BadFile where `nbytes` of a file claim to be many huge matrices: one that shares another needs no byte."""
+    vouched = {site.tensor for site in sites} - {site.tensor for site in sites if site.base_reference is None}
+    free = [site for site in sites if site.base_reference is None and site.anchor not in vouched]
+    claimed = sum(prod(site.shape) for site in free)
+    if claimed > EXPANSION * nbytes:
+        raise BadFile(
+            f"{nbytes:,} bytes claim matrices of {claimed:,} elements that no base has; more than {EXPANSION} a byte "
+            "are refused"
+        )

@@ -21,9 +21,9 @@ def check_size(ratio: float | None, budget: int | None, accounting: str) -> None
         raise BadInput(f"--accounting paper counts bits a weight, not a budget ({budget:,} bytes); give a ratio")
 
 
-def check_distillation(steps: int, calibration: str | Path | None) -> None:
+def check_distillation(steps: int, calibration: object) -> None:
     """Raises BadInput for steps of distillation without a text to take them on."""
-    if steps and calibration == "none":
+    if steps and isinstance(calibration, str) and calibration == "none":
         raise BadInput(
             f"{steps} steps of distillation need a text, and --calibration none gives none; "
             "give one, or --distill-steps 0"
@@ -38,6 +38,14 @@ def check_output(out: Path, folder: Path) -> None:
         raise BadInput(f"{out} is a folder; give the name of a file, e.g. {out / 'small.bayou'}")
     if out.exists() and out.suffix != ".bayou" and out.parent.resolve() == folder.resolve():
         raise BadInput(f"{out} is a file of the model in {folder}; choose another name, e.g. {out.name}.bayou")
+
+
+def check_new_folder(out: Path) -> None:
+    """Raises BadInput for a folder to be written that is there already, or has no place to be in."""
+    if out.exists():
+        raise BadInput(f"{out} exists; choose another folder")
+    if not out.parent.is_dir():
+        raise BadInput(f"{out.parent} is not a folder; make it first")
 
 
 def check_device(device: str) -> None:

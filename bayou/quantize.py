@@ -48,8 +48,21 @@ def factorize(hessian: Tensor, *, damping: float = 0.01, act_order: bool = True)
         h = h.gather(-2, order[..., :, None].expand_as(h)).gather(-1, order[..., None, :].expand_as(h))
     else:
         order = torch.arange(h.shape[-1], device=h.device).expand(h.shape[:-1])
+    if h.is_cuda:
+        return Factor(order, root_of_inverse(h).float(), dead)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
     return Factor(order, torch.linalg.cholesky(inverse, upper=True).float(), dead)
+
+
+def root_of_inverse(h: Tensor) -> Tensor:
+    """The upper triangular R with R^T R = H^-1, for a positive definite `h` (..., n, n).
+
+    By one Cholesky and one triangular inverse, half the work of inverting H and factorising that: with
+    the rows and columns in reverse, J H J = L L^T, so H = M M^T with M = J L J upper triangular, and R = M^-1.
+    """
+    lower = torch.linalg.cholesky(h.flip(-1, -2))
+    one = torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    return torch.linalg.solve_triangular(lower, one.expand_as(h), upper=False).flip(-1, -2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,8 +11,8 @@ from typing import Any
 
 from bayou.errors import BadInput
 from bayou.original import Original
+from bayou.sidecar import LAYER_COUNTS
 
-COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")
 
 
@@ -72,7 +72,7 @@ def without(original: Original, files: Mapping[str, bytes], gone: list[int]) -> 
         for key, value in part.items():
             if key in PER_LAYER and _a_layer(value, layers):
                 part[key] = [item for i, item in enumerate(value) if i not in gone]
-            elif key in COUNTS and value == layers:
+            elif key in LAYER_COUNTS and value == layers:
                 part[key] = layers - len(gone)
     return dict(files) | {"config.json": (json.dumps(config, indent=2) + "\n").encode()}
 

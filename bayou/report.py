@@ -1,6 +1,7 @@
 """What is in a file: bytes by kind of tensor, bits, ranks, captured energy, and the spectrum with its bit bands."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -130,13 +131,16 @@ def table(found: dict[str, Any]) -> Group:
     return Group(shown, f"base: {whose}   file root: {found['root'][:16]}   numbers: {found['parameters']:,}")
 
 
-def verify(file: str | Path, base: str | Path | None = None) -> dict[str, Any]:
+def verify(
+    file: str | Path, base: str | Path | None = None, progress: Callable[[str, int, int], None] | None = None
+) -> dict[str, Any]:
     """Check every byte of a file and, given a base, rehash all of its tensors that the file uses.
 
+    progress: see DeltaFile.verify.
     Raises BadFile, DamagedFile or WrongBase; returns what was checked.
     """
     opened = DeltaFile(file)
-    entries = opened.verify()
+    entries = opened.verify(progress)
     if base is not None:
         checkpoint = opened.lean_on(base)
         if checkpoint is not None:

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -108,6 +108,7 @@ def restore(
     dtype: str | None = None,
     max_shard_size: int | str = "5GB",
     base_revision: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
     """Write the fine-tune as a Hugging Face folder `out`; returns it.
 
@@ -116,6 +117,7 @@ def restore(
             none (`bayou share`).
         dtype: float32, float16 or bfloat16 for all floating point tensors; None keeps the fine-tune's own.
         max_shard_size: e.g. "5GB"; more than this goes to shards with an index.
+        progress: called with ("tensors", done, all) after each tensor.
 
     Raises:
         WrongBase, before anything is written; BadFile, DamagedFile; BadInput where `out` holds a model already, or a
@@ -137,13 +139,23 @@ def restore(
         if checkpoint is None or name not in checkpoint:
             raise BadFile(f"{file}: tensor {name!r} is said to equal the base's, which has none")
     outputs = []
-    for name in opened.tensors():
+    names = opened.tensors()
+    written = 0
+
+    def pieces(name: str, dtype: torch.dtype) -> Iterator[Tensor]:
+        nonlocal written
+        yield from restorer.pieces(name, dtype)
+        written += 1
+        if progress is not None:
+            progress("tensors", written, len(names))
+
+    for name in names:
         word, shape = restorer.spec(name)
         target = words[dtype] if dtype and DTYPES[word].is_floating_point else word
-        outputs.append(Output(name, target, shape, partial(restorer.pieces, name, DTYPES[target])))
+        outputs.append(Output(name, target, shape, partial(pieces, name, DTYPES[target])))
     if dtype and "config.json" in files:
         files["config.json"] = _with_dtype(files["config.json"], dtype)
-    with _appearing(folder) as work:
+    with appearing(folder) as work:
         _write_shards(work, outputs, limit)
         for name, content in files.items():
             with atomic(work / name) as handle:
@@ -152,7 +164,7 @@ def restore(
 
 
 @contextlib.contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
+def appearing(folder: Path) -> Iterator[Path]:
     """A folder to write in, whose files come to lie in `folder` at the end; half a model is worse than none.
 
     It lies beside `folder`, or inside where that is there already: on the same file system.

@@ -2,20 +2,23 @@
 
 Greedy. The loss is KL(model || shared) in nats a token on probe windows that no fit has seen. Every option of every
 sub-layer between the ends is tried once alone; then, until enough is removed, the option with the least increase of KL
-a parameter is taken. An increase measured earlier counts as a lower bound, since errors add up: the best candidate is
-measured again over what has been chosen, and taken only if it stays the best.
+a parameter (or, under a budget, a byte of the file) is taken. An increase measured earlier counts as a lower bound,
+since errors add up: the best candidate is measured again over what has been chosen, and taken only if it stays the
+best.
 
 The options share their decompositions: a truncated whitened SVD of rank r is the first r columns of a longer one.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from bayou import layouts, skeleton, ties
-from bayou.errors import BadInput
+from bayou import layouts, sharedfile, skeleton, ties
+from bayou.errors import BadInput, BayouError, TooSmall
 from bayou.layouts import Dial, SubLayer
 from bayou.methods import Gram
 from bayou.original import Original, Progress
@@ -26,9 +29,8 @@ PROBE = 4096
 """Tokens of the probe windows, at most a quarter of what there is."""
 RANKS = (0.125, 0.25, 0.375)
 """Ranks tried where none is given, as shares of the shortest side."""
-NEAR = 1
-"""Anchors tried: so many blocks before."""
 _WINDOWS = 4  # that a forward takes
+_LONGEST = -2.2250738585072014e-308  # no float has more digits
 _ROWS = 1024  # positions whose logits are turned into probabilities at a time
 
 
@@ -46,25 +48,36 @@ class Option:
         return self.sub.parameters - (0 if self.rank is None else self.sub.factors(self.rank))
 
 
-def search(original: Original, dial: Dial, windows: Tensor, progress: Progress) -> Shared:
+def search(
+    original: Original, dial: Dial, windows: Tensor, progress: Progress, size: Callable[[Shared], int] | None = None
+) -> Shared:
     """The plan that removes `dial.reduce` (0.12) of the parameters of the kinds `dial.kinds` at the least KL found.
 
-    The model is held whole, in fp32, on the device. dial.rank: the only rank to try; the layout is not the dial's.
-    Raises BadInput where too much is asked for, or what a search does not follow.
+    With dial.budget, the plan by which the file has at most so many bytes. The model is held whole, in fp32, on the
+    device. dial.rank: the only rank to try; dial.near: anchors are so many blocks before at most; the layout is not
+    the dial's. size: bytes of the file of a plan; None is as sharedfile.write stores it unless told.
+
+    Raises BadInput where too much is asked for, or what a search does not follow; TooSmall for a budget out of reach.
     """
-    if dial != Dial(kinds=dial.kinds, keep_ends=dial.keep_ends, reduce=dial.reduce, rank=dial.rank):
+    mine = ("kinds", "keep_ends", "reduce", "rank", "budget", "near")
+    if dial != Dial(**{name: getattr(dial, name) for name in mine}):
         raise BadInput("--plan search chooses the blocks; leave out --layout, --count, --blocks and --per-anchor")
+    if dial.near < 1 or (dial.budget is not None and dial.reduce is not None):
+        raise BadInput(
+            f"--near {dial.near} --reduce {dial.reduce} --budget {dial.budget}: 1 block before or more, and a share of "
+            "parameters or bytes of the file, not both"
+        )
     layers = len(original.layers)
     middle = range(dial.keep_ends, layers - dial.keep_ends)
     if dial.kinds not in layouts.KINDS or dial.keep_ends < 0 or len(middle) < 1:
         raise BadInput(
             f"--kinds {dial.kinds} --keep-ends {dial.keep_ends}: nothing of {layers} layers is left to choose"
         )
-    goal = (0.12 if dial.reduce is None else dial.reduce) * original.parameters
     subs = [
         s for (block, kind), s in original.sublayers.items() if block in middle and kind in layouts.KINDS[dial.kinds]
     ]
-    if not 0 < goal <= sum(sub.parameters for sub in subs):
+    goal = (0.12 if dial.reduce is None else dial.reduce) * original.parameters
+    if dial.budget is None and not 0 < goal <= sum(sub.parameters for sub in subs):
         most = sum(sub.parameters for sub in subs) / original.parameters
         raise BadInput(f"--reduce {dial.reduce}: a share above 0 and up to {most:.2f}, all that may go, is needed")
     if dial.rank is not None and not any(dial.rank >= 0 and sub.factors(dial.rank) < sub.parameters for sub in subs):
@@ -74,8 +87,12 @@ def search(original: Original, dial: Dial, windows: Tensor, progress: Progress) 
         raise BadInput("the calibration text is too short to fit on one part and measure on another; give more")
     fitting, probe = windows[count:], windows[:count].to(original.device)
     names = {name for sub in subs for name in sub.tensors()}
+    measured = size or partial(sharedfile.nbytes, original)
+    if dial.budget is not None and measured(Shared(())) <= dial.budget:
+        raise BadInput(f"--budget {dial.budget:,}: the file has {measured(Shared(())):,} bytes with nothing shared")
     bench = _Bench(original, original.grams(fitting, names, progress), probe)
-    return bench.choose([*_options(original, subs, dial)], goal, progress)
+    goals = _Parameters(goal) if dial.budget is None else _Bytes(dial.budget, measured)
+    return bench.choose([*_options(original, subs, dial)], goals, progress)
 
 
 def _options(original: Original, subs: list[SubLayer], dial: Dial) -> Iterator[Option]:
@@ -86,7 +103,7 @@ def _options(original: Original, subs: list[SubLayer], dial: Dial) -> Iterator[O
             if sub.factors(rank) >= sub.parameters:
                 continue
             yield Option(sub, None, rank)
-            for near in range(1, NEAR + 1):
+            for near in range(1, dial.near + 1):
                 other = original.sublayers.get((sub.block - near, sub.kind))
                 if other is not None and other.matrices == sub.matrices:
                     yield Option(sub, other, rank)
@@ -178,44 +195,102 @@ class _Bench:
         self.put(option.sub, self.chosen.get(option.sub.name))
         return found
 
-    def choose(self, options: list[Option], goal: float, progress: Progress) -> Shared:
+    def shared(self, options: Iterable[Option]) -> Shared:
+        """The plan of these options."""
+        chosen = [*options]
+        made = [tie for option in chosen for tie in self.ties_of(option)]
+        return Shared(tuple(made), tuple(option.sub.name for option in chosen if option.rank is None))
+
+    def choose(self, options: list[Option], goal: "_Goal", progress: Progress) -> Shared:
         """Greedy, lazily measured: see the head of this file."""
         increase: dict[Option, float] = {}
+        removes: dict[Option, float] = {}
         for done, option in enumerate(options):
             increase[option] = self.trial(option)
+            removes[option] = goal.removes(option, self.shared([option]))
             progress("options", done + 1, len(options))
-        now, saved = 0.0, 0
-        fresh: set[Option] = set()
-        while saved < goal:
-            open_to = [option for option in options if self._possible(option)]
+        whole = left = goal.left([], Shared(()))
+        now, fresh = 0.0, set[Option]()
+        while left > 0:
+            gains = {option: self._gain(option, removes) for option in options}
+            open_to = [option for option, gain in gains.items() if gain > 0]
             if not open_to:
-                raise BadInput(f"no plan removes {goal:,.0f} parameters; the last one removed {saved:,}")
+                raise goal.missed(left)
 
-            def price(option: Option, left: float = goal - saved) -> float:
-                own = self.chosen.get(option.sub.name)
-                return increase[option] / min(option.saved - (own.saved if own else 0), left)
+            def price(option: Option, left: float = left, gains: dict[Option, float] = gains) -> float:
+                return increase[option] / min(gains[option], left)
 
             best = min(open_to, key=price)
             if best not in fresh:
                 increase[best] = self.trial(best) - now
                 fresh.add(best)
                 continue
-            own = self.chosen.get(best.sub.name)
             self.chosen[best.sub.name] = best
             self.put(best.sub, best)
-            now, saved = now + increase[best], saved + best.saved - (own.saved if own else 0)
+            now += increase[best]
+            left = goal.left([*self.chosen.values()], self.shared(self.chosen.values()))
             for other in options:  # from here on, these count from what has been taken
                 if other.sub is best.sub and other is not best:
                     increase[other] = max(0.0, increase[other] - increase[best])
             fresh.clear()
-            progress("removed", min(saved, int(goal)), int(goal))
-        made = [tie for option in self.chosen.values() for tie in self.ties_of(option)]
-        dropped = tuple(option.sub.name for option in self.chosen.values() if option.rank is None)
-        return Shared(tuple(made), dropped)
+            progress("removed", int(whole - max(0.0, left)), int(whole))
+        return self.shared(self.chosen.values())
 
-    def _possible(self, option: Option) -> bool:
-        """Whether it removes more than what is chosen for its sub-layer, and no anchor is changed."""
+    def _gain(self, option: Option, removes: dict[Option, float]) -> float:
+        """What it removes beyond what is chosen for its sub-layer; 0 where an anchor would be changed."""
         own = self.chosen.get(option.sub.name)
         lent = any(o.anchor is not None and o.anchor.name == option.sub.name for o in self.chosen.values())
         borrows = option.anchor is not None and option.anchor.name in self.chosen
-        return not lent and not borrows and option.saved > (own.saved if own else 0)
+        return 0.0 if lent or borrows else removes[option] - (removes[own] if own else 0.0)
+
+
+class _Goal(Protocol):
+    """What a plan must come to."""
+
+    def removes(self, option: Option, alone: Shared) -> float:
+        """What the option removes, if it is the only one; `alone` is the plan of it."""
+
+    def left(self, chosen: list[Option], plan: Shared) -> float:
+        """What is still to be removed; 0 or less where nothing is."""
+
+    def missed(self, left: float) -> BayouError:
+        """The error for a goal that all there is to choose does not reach."""
+
+
+@dataclass(frozen=True)
+class _Parameters:
+    goal: float
+
+    def removes(self, option: Option, alone: Shared) -> float:
+        return option.saved
+
+    def left(self, chosen: list[Option], plan: Shared) -> float:
+        return self.goal - sum(option.saved for option in chosen)
+
+    def missed(self, left: float) -> BayouError:
+        return BadInput(f"no plan removes {self.goal:,.0f} parameters; the last one removed {self.goal - left:,.0f}")
+
+
+class _Bytes:
+    """Of the whole file. Gains count as the longest that a header can hold: training may make them so."""
+
+    def __init__(self, budget: int, size: Callable[[Shared], int]) -> None:
+        self._budget, self._size = budget, size
+        self._nothing = self._sized(Shared(()))
+
+    def _sized(self, plan: Shared) -> int:
+        return self._size(replace(plan, ties=tuple(replace(tie, gain=_LONGEST) for tie in plan.ties)))
+
+    def removes(self, option: Option, alone: Shared) -> float:
+        return self._nothing - self._sized(alone)
+
+    def left(self, chosen: list[Option], plan: Shared) -> float:
+        return self._sized(plan) - self._budget
+
+    def missed(self, left: float) -> BayouError:
+        least = int(self._budget + left)
+        return TooSmall(
+            f"no plan makes a file of {self._budget:,} bytes; the last one had {least:,}: give a larger --budget, more "
+            "--kinds or fewer --keep-ends",
+            least,
+        )

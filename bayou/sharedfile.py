@@ -8,6 +8,7 @@ anchors, linears    exact, or 1 to 8 bits: GPTQ where there is calibration, for 
 embeddings, head    exact, or codes with a scale per 128 columns (--quantise all)
 """
 
+import functools
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -25,7 +26,7 @@ from bayou.delta import Delta, Dense, LowRank, Term
 from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms
 from bayou.errors import BadInput
-from bayou.methods import Gram, Site, layout_of
+from bayou.methods import Gram, Site, TermLayout, layout_of
 from bayou.original import Original, Progress
 from bayou.packed import Packed, Spec, moved
 from bayou.plan import SELF, SiteRecord
@@ -44,9 +45,11 @@ TABLE_BITS = 8
 class Report:
     """What a shared file holds. parameters: numbers in it (scales and gains do not count), original those of the model.
 
-    tables: numbers of embeddings and head, which are in both counts. ratio: bytes of the model's weights over the
+    tables: numbers of embeddings and head, which are in both counts (tables_left, where they are not as many in the
+    file: slicegpt). ratio: bytes of the model's weights over the
     file's. ties, dropped: matrices tied, sub-layers without a contribution. training: tokens, loss, ..., of a
-    training; returns: how often it went back to a checkpoint, with a smaller rate.
+    training; returns: how often it went back to a checkpoint, with a smaller rate; windows: that the text fills; batch:
+    of them a step, fewer than batch_asked where there are no more.
     """
 
     path: str
@@ -61,6 +64,7 @@ class Report:
     seconds: float
     steps: dict[str, float] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    tables_left: int | None = None
 
     @property
     def removed(self) -> float:
@@ -70,7 +74,8 @@ class Report:
     @property
     def removed_of_layers(self) -> float:
         """Share removed of the parameters outside embeddings and head."""
-        return (self.original - self.parameters) / (self.original - self.tables)
+        left = self.parameters - (self.tables if self.tables_left is None else self.tables_left)
+        return 1 - left / (self.original - self.tables)
 
     def json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -122,6 +127,21 @@ def write(
         counts = (original.parameters, original.tables, len(shared.ties), len(shared.dropped))
         found = (str(out), method, size, original.checkpoint.nbytes / size, parameters(opened), *counts)
         return Report(*found, time.perf_counter() - started, dict(steps))
+
+
+def nbytes(
+    original: Original,
+    shared: Shared,
+    *,
+    delta_method: str = "lowrank",
+    delta_options: dict[str, Any] | None = None,
+    anchor_bits: int | None = None,
+    quantise: str = "anchors",
+) -> int:
+    """Bytes of the file that `write` would write with these options, without doing the work; BadInput as there."""
+    writer = _Writer(original, shared, {}, delta_method, delta_options or {})
+    writer.choose(anchor_bits, quantise, False, False)
+    return writer.nbytes()
 
 
 def check(method: str, options: dict[str, Any], anchor_bits: int | None, quantise: str) -> None:
@@ -207,33 +227,52 @@ class _Writer:
     # ------------------------------------------------------------------------------------------ the bits
 
     def write(self, out: Path, windows: Tensor | None, progress: Progress) -> int:
-        terms = self._quantised(windows, progress)
+        coded = self._quantised(windows, progress)
+        coded |= {name: (*self._nothing(name), 0.0) for name in self._emptied()}
+        contents = self._contents({n: (at, g, _layouts(terms)) for n, (at, g, terms, _) in coded.items()})
+        order = [name for name in self.original.checkpoint.names() if name in coded]  # as the sites are
+        blobs = [pack_terms(coded[name][2]) for name in order]
+        with clock.step("write"):
+            return contents.write(out, blobs.__getitem__, [coded[name][3] for name in order])
+
+    def nbytes(self) -> int:
+        """Bytes of the file that `write` would write."""
+        stated: dict[str, tuple[str | None, float, tuple[TermLayout, ...]]] = {}
+        for name, bits in self.bits.items():
+            stated[name] = None, 1.0, (TermLayout("Dense", ((0, str(Spec(bits, GROUP)), ""),)),)
+        for tie in self.shared.ties:
+            if rank := tie.u.shape[1]:
+                dial = {"rank": rank} if methods.has_rank(self.method) else {}
+                layout = methods.get(self.method).layout(self.shape(tie.tensor), **self.options, **dial)
+                stated[tie.tensor] = tie.reference, 1.0 if tie.reference is None else tie.gain, layout
+            elif tie.reference is not None:
+                stated[tie.tensor] = tie.reference, tie.gain, ()
+        emptied = {*self._emptied(), *(self.ties.keys() - stated.keys())}
+        for name in emptied:
+            reference, gain, terms = self._nothing(name)
+            stated[name] = reference, gain, _layouts(terms)
+        return self._contents(stated).nbytes()
+
+    def _emptied(self) -> list[str]:
+        """The matrices of dropped sub-layers that are in the file."""
+        return [name for name in self.zeros - self.absent if self.original.role(name) == "linear"]
+
+    def _contents(self, coded: Mapping[str, tuple[str | None, float, tuple[TermLayout, ...]]]) -> Contents:
+        """What goes into the file but for the sites' bytes; coded: disk name -> reference, gain, layouts."""
         sites: list[SiteRecord] = []
-        blobs: list[bytes] = []
-        errors: list[float] = []
         exact: list[Exact] = []
         for name in self.original.checkpoint.names():
             inventory.check_name(self.original.checkpoint, name)
             if name in self.absent:
                 continue
             here = removal.renamed(self.original, name, self.gone)
-            if name in terms:
-                reference, gain, made, error = terms[name]
-                sites.append(self._site(name, here, reference, gain, made))
-                blobs.append(pack_terms(made))
-                errors.append(error)
-            elif name in self.zeros and self.original.role(name) == "linear":
-                reference, gain, made = self._nothing(name)
-                sites.append(self._site(name, here, reference, gain, made))
-                blobs.append(pack_terms(made))
-                errors.append(0.0)
+            if name in coded:
+                sites.append(self._site(name, here, *coded[name]))
             else:
                 exact.append(self._exact(name, here))
         carried = removal.without(self.original, sidecar.carried(self.original.folder), self.gone)
-        files = {name: sidecar.difference(None, content) for name, content in carried.items()}
-        contents = Contents(sites, exact, [], "", "", {}, {}, files)
-        with clock.step("write"):
-            return contents.write(out, blobs.__getitem__, errors)
+        files = {name: _alone(content) for name, content in carried.items()}
+        return Contents(sites, exact, [], "", "", {}, {}, files)
 
     def _exact(self, name: str, here: str) -> Exact:
         own = self.original.checkpoint
@@ -242,11 +281,12 @@ class _Writer:
             return Exact(here, word, shape, lambda: torch.zeros(shape, dtype=DTYPES[word]))
         return Exact(here, word, shape, lambda: self.value(name))
 
-    def _site(self, name: str, here: str, reference: str | None, gain: float, terms: tuple[Term, ...]) -> SiteRecord:
+    def _site(
+        self, name: str, here: str, reference: str | None, gain: float, layouts: tuple[TermLayout, ...]
+    ) -> SiteRecord:
         place, own = self.original.places[name], self.original.checkpoint
         anchor = None if reference is None else SELF + removal.renamed(self.original, reference, self.gone)
-        method, options = (self.method, self.options) if name in self.ties and terms else ("", {})
-        layouts = tuple(layout_of(term) for term in terms)
+        method, options = (self.method, self.options) if name in self.ties and layouts else ("", {})
         disk = own.shape(name)
         shape = self.shape(name)
         kind = (shape, disk, own.word(name), place.transposed)
@@ -339,6 +379,15 @@ class _Writer:
             return self.original.oriented(anchor, self.value(anchor))
         dtype = self.original.checkpoint.dtype(anchor)
         return Delta(self.shape(anchor), found[anchor][2]).restore(None, dtype).to(self.original.device).float()
+
+
+@functools.lru_cache(16)  # a search asks for the size of many files with the same tokenizer
+def _alone(content: bytes) -> bytes:
+    return sidecar.difference(None, content)
+
+
+def _layouts(terms: tuple[Term, ...]) -> tuple[TermLayout, ...]:
+    return tuple(layout_of(term) for term in terms)
 
 
 def _error(matrix: Tensor, delta: Delta) -> float:

@@ -17,6 +17,9 @@ from bayou.errors import BadFile, BadInput, WrongBase
 SUFFIXES = (".json", ".jinja", ".txt", ".model")
 """Only these may be in a file: data that transformers reads. Never code."""
 
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+"""What configs call the number of layers."""
+
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,100}")
 MAX_SIZE = 64 * 2**20
 _WRITTEN = re.compile(
@@ -107,3 +110,15 @@ def patched(name: str, old: bytes | None, stored: bytes) -> bytes:
     if digest(bytes(new)) != stated.get("new"):
         raise BadFile(f"the stored difference of {name} does not give the file that was stored")
     return bytes(new)
+
+
+def check_layers(config: dict[str, Any], tensors: int) -> None:
+    """Raises BadFile for more layers than there are tensors: a module tree of them is memory that no file backs."""
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for key in LAYER_COUNTS:
+            value = part.get(key)
+            if isinstance(value, int | float) and not value <= tensors:
+                raise BadFile(f"its config.json says {key} {value}, but the file has {tensors} tensors")

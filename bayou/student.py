@@ -13,8 +13,6 @@ and is 1 for all in the last phase. `blend` is the deterministic alternative: y 
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,23 +182,6 @@ class Student:
             chance = self.schedule.probability(progress, i / last)
             switch.set(chance if self.schedule.blend else float(draw < chance))
         return sum(switch.amount for switch in self.switches.values()) / len(self.switches)
-
-    @contextmanager
-    def original(self) -> Iterator[PreTrainedModel]:
-        """The model as it was before anything was tied: its own teacher."""
-        amounts = {path: switch.amount for path, switch in self.switches.items()}
-        adapters = [module for _, module in lora.inside(self.model)]
-        try:
-            for switch in self.switches.values():
-                switch.set(0.0)
-            for adapter in adapters:
-                adapter.active = False
-            yield self.model
-        finally:
-            for path, amount in amounts.items():
-                self.switches[path].set(amount)
-            for adapter in adapters:
-                adapter.active = True
 
     def factors(self) -> tuple[Tie, ...]:
         """The ties as trained."""

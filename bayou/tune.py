@@ -1,46 +1,71 @@
-"""Search for a learning rate by measured loss, with optuna."""
+"""Search for numbers by measured loss, with optuna."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from bayou.errors import BadInput, Diverged
 
+Values = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where one number is looked for: low..high, on a log scale or an even one. first: what is tried first."""
+
+    low: float
+    high: float
+    first: float
+    log: bool = False
+
+
+def require() -> None:
+    """Raises BadInput where optuna, which searches, is not installed."""
+    try:
+        import optuna  # noqa: F401
+    except ImportError:
+        raise BadInput("a search needs optuna: pip install 'bayou[train]'; or leave out --search") from None
+
 
 def search(
-    measured: Callable[[float], float], *, trials: int, low: float = 1e-4, high: float = 1e-2, seed: int = 0
-) -> tuple[float, list[tuple[float, float]]]:
-    """The learning rate in low..high (searched on a log scale) for which `measured` (a loss) is least.
+    measured: Callable[[Values], float], ranges: Mapping[str, Range], *, trials: int, seed: int = 0
+) -> tuple[Values, list[tuple[Values, float]]]:
+    """The numbers within `ranges` for which `measured` (a loss) is least; all (numbers, loss) tried beside them.
 
-    measured trains with a rate and returns the loss on data held out; inf or nan is a failed trial. Searched by
-    optuna's Bayesian (tree-structured Parzen) sampler; returns the best rate and all (rate, loss) tried.
+    measured trains with the numbers and returns the loss on data held out; inf or NaN is a failed trial. The first
+    trial is of every range's `first`, a third of all (10 at most) are at random, the others are optuna's Bayesian
+    (tree-structured Parzen) sampler's. What is tried is a function of the seed and of the losses.
 
-    Raises:
-        BadInput: no optuna, or no trial. Diverged: every trial failed.
+    Raises BadInput without optuna, or for no trial; Diverged where every trial failed.
     """
-    try:
-        import optuna
-    except ImportError:
-        raise BadInput("a search needs optuna: pip install 'bayou[train]'; or give one learning rate") from None
-    if trials < 1 or not 0 < low < high:
-        raise BadInput(f"cannot search {trials} rates between {low} and {high}")
+    require()
+    import optuna
+
+    if trials < 1:
+        raise BadInput(f"a search of {trials} trials: 1 at least")
+    for name, where in ranges.items():
+        if not where.low <= where.first <= where.high or (where.log and where.low <= 0):
+            raise BadInput(f"cannot search {name} between {where.low:g} and {where.high:g} from {where.first:g} on")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    study = optuna.create_study(sampler=optuna.samplers.TPESampler(seed=seed))
-    tried: list[tuple[float, float]] = []
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=max(2, min(10, trials // 3)))
+    study = optuna.create_study(sampler=sampler)
+    study.enqueue_trial({name: where.first for name, where in ranges.items()})
+    tried: list[tuple[Values, float]] = []
 
     def trial(choice: Any) -> float:
-        rate = choice.suggest_float("rate", low, high, log=True)
+        values = {name: choice.suggest_float(name, at.low, at.high, log=at.log) for name, at in ranges.items()}
         try:
-            found = measured(rate)
+            found = measured(values)
         except Diverged:
             found = math.inf
-        tried.append((rate, found))
+        tried.append((values, found))
         if not math.isfinite(found):
             raise optuna.TrialPruned
         return found
 
     study.optimize(trial, n_trials=trials)
-    finite = [(loss, rate) for rate, loss in tried if math.isfinite(loss)]
+    finite = [(loss, i) for i, (_, loss) in enumerate(tried) if math.isfinite(loss)]
     if not finite:
-        raise Diverged(f"no learning rate between {low} and {high} gave a finite loss; widen the range downwards")
-    return min(finite)[1], tried
+        raise Diverged(f"none of {trials} trials gave a finite loss; give a lower --rate to search around")
+    return tried[min(finite)[1]][0], tried

@@ -232,12 +232,13 @@ def perform(run: Run, testbed_path: str, models: str, device: str, tuning: bool)
             reordered = Reordered(deltacome.encode) if options.pop("dynamic", False) else None
             if reordered:
                 reordered.__signature__ = inspect.signature(deltacome.encode)
-            plain = deltacome.encode
+            plain, many = deltacome.encode, deltacome.encode_many
             deltacome.encode = reordered or plain  # type: ignore[assignment]
+            deltacome.encode_many = None if reordered else many  # type: ignore[assignment]  # or it would be passed by
             try:
                 report = bayou.compress(base, tuned, folder / "x.bayou", device=device, **options)
             finally:
-                deltacome.encode = plain
+                deltacome.encode, deltacome.encode_many = plain, many
             found = bayou.inspect(folder / "x.bayou")
             result |= {"bytes": report.bytes, "ratio": report.ratio, "steps": report.steps, "errors": report.errors}
             result["kinds"] = {

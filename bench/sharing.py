@@ -4,6 +4,7 @@
     python bench/sharing.py run --base BASE --testbed PATH/testbed.py --tokens tokens.npy --set tune12 main12 \\
         --device cuda --out bench/results --work WORK --seconds 500
     python bench/sharing.py table --out bench/results --set main12
+    python bench/sharing.py plot --out bench/results --set pmr
     python bench/sharing.py paired --out bench/results --set main12 --pair deltallm shortgpt
 
 Sets are in bench/sharing_runs.py. Students of a set are trained several at a time on one forward of the teacher
@@ -340,6 +341,29 @@ def paired(arguments: argparse.Namespace) -> None:
             )
 
 
+def plot(arguments: argparse.Namespace) -> None:
+    """Draw the loss over tokens of a set's runs; runs that differ in their seed alone are one line with a band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    for which in arguments.set:
+        families: dict[str, list[np.ndarray]] = {}
+        for r in lines(Path(arguments.out) / f"sharing-{which}.jsonl"):
+            families.setdefault(r["name"].partition(" seed ")[0], []).append(np.array(r["curve"]))
+        figure, axes = pyplot.subplots(figsize=(7, 4.5))
+        for name, curves in families.items():
+            tokens, losses = curves[0][:, 0] / 1e6, np.stack([curve[:, 1] for curve in curves])
+            (line,) = axes.plot(tokens, losses.mean(0), label=name)
+            axes.fill_between(tokens, losses.min(0), losses.max(0), alpha=0.2, color=line.get_color())
+        axes.set_xlabel("tokens, millions")
+        axes.set_ylabel("loss (of the model as it runs: PMR's is partly the original)")
+        axes.legend()
+        figure.tight_layout()
+        figure.savefig(Path(arguments.out) / f"sharing-{which}.png", dpi=120)
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -377,14 +401,16 @@ def main() -> None:
         add("--rows", type=int, default=3000)
         add("--report", type=float, default=10, help="seconds between lines")
         add("--compile", action="store_true")
-    for name in ("table", "paired"):
+    for name in ("table", "paired", "plot"):
         verb = verbs.add_parser(name)
         verb.add_argument("--out", type=Path, required=True)
         verb.add_argument("--set", nargs="+", required=True)
         if name == "paired":
             verb.add_argument("--pair", nargs=2, required=True)
     arguments = parser.parse_args()
-    {"tokenise": tokenise, "run": run, "plan": plan, "table": table, "paired": paired}[arguments.verb](arguments)
+    {"tokenise": tokenise, "run": run, "plan": plan, "table": table, "paired": paired, "plot": plot}[arguments.verb](
+        arguments
+    )
 
 
 if __name__ == "__main__":

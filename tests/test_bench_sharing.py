@@ -136,6 +136,8 @@ def test_deltas_are_trained_scored_and_kept(
     assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 5
     assert len(bench.lines(tmp_path / "sharing-ablation.jsonl")) == 12
     assert len(bench.lines(tmp_path / "sharing-pmr.jsonl")) == 3
+    assert call(bench, monkeypatch, "plot", "--out", tmp_path, "--set", "pmr") == 0
+    assert (tmp_path / "sharing-pmr.png").stat().st_size > 5000
     (kept,) = (tmp_path / "work").glob("main12-deltallm.shared")
     shared = runs.load_shared(kept)
     assert shared.ties and all(tie.u.abs().sum() > 0 and tie.reference for tie in shared.ties)

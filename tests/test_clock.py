@@ -85,3 +85,20 @@ def test_real_seconds() -> None:
             sum(range(10_000))
         whole = time.perf_counter() - start
     assert 0 < seconds["work"] <= whole
+
+
+def test_a_device_is_waited_for_at_both_ends_of_a_step(now: list[float]) -> None:
+    """Work that a step set going is the step's, and what was going before it is not."""
+    left = [2.0]  # seconds of work that the device was given and has not done
+
+    def finish() -> None:
+        now[0] += left[0]
+        left[0] = 0.0
+
+    with clock.measuring() as seconds, clock.exact(finish):
+        with clock.step("a"):
+            left[0] = 3.0
+        left[0] = 5.0
+        with clock.step("b"):
+            left[0] = 1.0
+    assert seconds == {"a": 3.0, "b": 1.0}

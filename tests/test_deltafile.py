@@ -25,6 +25,7 @@ from bayou.errors import BayouError, DamagedFile, WrongBase
 from bayou.methods import layout_of
 from bayou.report import verify
 from bayou.restore import Restorer
+from bayou.staging import Staging
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +283,41 @@ def test_equal_small_files_come_from_the_base_and_only_the_right_one(made: Made,
         opened.read_file("tokenizer.json", tmp_path / "base")
     with pytest.raises(BayouError, match=r"holds no vocab\.json"):
         opened.read_file("vocab.json", made.base)
+
+
+@pytest.mark.parametrize("staged", [False, True])
+def test_deltas_read_by_threads_are_those_read_one_by_one(
+    made: Made, monkeypatch: pytest.MonkeyPatch, staged: bool
+) -> None:
+    """staged: piece by piece through a buffer, as for a GPU."""
+    file = DeltaFile(made.file)
+    names = [*reversed(file.sites), *file.sites]
+    if staged:
+        monkeypatch.setattr("bayou.staging.PIECE", 256)
+        monkeypatch.setattr("bayou.deltafile.PIECE", 256)
+        staging = Staging(torch.device("cpu"))
+        monkeypatch.setattr(DeltaFile, "delta", lambda file, name: file._staged(name, staging, torch.device("cpu")))
+    found = file.deltas(names)
+    monkeypatch.undo()
+    assert list(found) == list(reversed(file.sites))
+    for name, delta in found.items():
+        wanted = file.delta(name)
+        assert (delta.shape, delta.reference, delta.gain) == (wanted.shape, wanted.reference, wanted.gain)
+        assert pack_terms(delta.terms) == pack_terms(wanted.terms) == bytes(file.read_raw(name))
+
+
+def test_damage_is_seen_in_every_piece(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bayou.staging.PIECE", 256)
+    monkeypatch.setattr("bayou.deltafile.PIECE", 256)
+    whole = made.file.read_bytes()
+    file = DeltaFile(made.file)
+    name = max(file.sites, key=file.entry_nbytes)
+    entry = file._entries[name]
+    for at in (entry.start, entry.start + 300, entry.stop - 1):
+        bad = tmp_path / "bad.bayou"
+        bad.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        damaged = DeltaFile(bad)
+        with pytest.raises(DamagedFile, match=re.escape(repr(name))):
+            damaged.deltas(damaged.sites)
+        with pytest.raises(DamagedFile, match=re.escape(repr(name))):
+            damaged._staged(name, Staging(torch.device("cpu")), torch.device("cpu"))

@@ -280,6 +280,13 @@ def test_a_hostile_config_is_a_bad_file(made: Made, tmp_path: Path) -> None:
         (tmp_path / "x.bayou").write_bytes(forged.pack())
         with pytest.raises(BadFile, match=r"config\.json"):
             DeltaFile(tmp_path / "x.bayou").fine_tune_config(made.base)
+    tensors = len(DeltaFile(made.file).tensors())
+    for config in ({"num_hidden_layers": tensors + 1}, {"text_config": {"n_layer": 10**9}}, {"num_layers": 1e300}):
+        forged = take_apart(made.file)
+        forged.replace(".file.config.json", sidecar.difference(None, json.dumps(config).encode()))
+        (tmp_path / "x.bayou").write_bytes(forged.pack())
+        with pytest.raises(BadFile, match=rf"says \w+ .*, but the file has {tensors} tensors"):
+            DeltaFile(tmp_path / "x.bayou").fine_tune_config(made.base)
     forged = take_apart(made.file)
     forged.entries.remove(forged[".file.config.json"])
     (tmp_path / "x.bayou").write_bytes(forged.pack())

@@ -300,3 +300,14 @@ def test_the_factor_is_the_cholesky_factor_of_the_damped_inverse(act_order: bool
         upper = factor.inverse[i].double()
         assert torch.equal(upper, upper.triu())
         assert torch.allclose(upper.T @ upper @ h[order][:, order], torch.eye(30).double(), atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_the_root_of_the_inverse_needs_no_inverse(batch: tuple[int, ...]) -> None:
+    """The way a GPU takes gives the factor that two Cholesky decompositions and an inverse give."""
+    h = moments(90, batch=batch).double() + 0.1 * torch.eye(90)
+    root = quantize.root_of_inverse(h)
+    assert torch.equal(root, root.triu())
+    wanted = torch.linalg.cholesky(torch.linalg.inv(h), upper=True)
+    assert torch.allclose(root, wanted, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(root.mT @ root @ h, torch.eye(90).double().expand_as(h), atol=1e-8)

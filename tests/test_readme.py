@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import typer.core
 import typer.main
 from pico import perturb, pico
 
@@ -36,7 +37,13 @@ def lines(program: str) -> list[str]:
 
 
 def options(command: str) -> set[str]:
-    return {flag for p in COMMANDS[command].params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+    return {flag for p in command_of(command).params for flag in (*p.opts, *p.secondary_opts) if flag.startswith("-")}
+
+
+def command_of(words: str) -> typer.core.TyperCommand:
+    """The command "verify", or "bench load" of a group."""
+    name, _, inner = words.partition(" ")
+    return COMMANDS[name].commands[inner] if inner else COMMANDS[name]
 
 
 def usage(line: str) -> Iterator[str]:
@@ -45,11 +52,18 @@ def usage(line: str) -> Iterator[str]:
     if command not in COMMANDS:
         yield f"{line}: there is no command {command}"
         return
+    inside = getattr(COMMANDS[command], "commands", None)
+    if inside is not None:  # a group: its own commands have the options
+        inner, *words = words
+        if inner not in inside:
+            yield f"{line}: there is no command {command} {inner}"
+            return
+        command = f"{command} {inner}"
     yield from (f"{line}: no option {w}" for w in words if w.startswith("-") and w not in options(command))
     if any(word.startswith("-") and word not in options(command) for word in words):
         return
     try:  # types, missing arguments and excess ones, as the command itself sees them; nothing runs
-        COMMANDS[command].make_context("bayou", words)
+        command_of(command).make_context("bayou", words)
     except Exception as error:
         yield f"{line}: {error}"
 
@@ -67,6 +81,8 @@ def test_the_commands_are_those_that_there_are() -> None:
         "bayou compress BASE FINETUNED -o x --ratio much",
         "bayou compress BASE FINETUNED",
         "bayou verify x.bayou y.bayou",
+        "bayou bench decompress",
+        "bayou bench load --layers 2",
     ],
 )
 def test_a_wrong_command_would_be_found(line: str) -> None:
@@ -81,7 +97,7 @@ def test_every_option_that_the_text_names_exists() -> None:
 
 
 def test_the_make_targets_exist() -> None:
-    targets = re.findall(r"^([a-z]+):", (CHECKOUT / "Makefile").read_text(), re.M)
+    targets = re.findall(r"^([a-z-]+):", (CHECKOUT / "Makefile").read_text(), re.M)
     called = {line.split()[1] for line in lines("make")}
     assert called and called <= set(targets)
 

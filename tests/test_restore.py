@@ -226,3 +226,13 @@ def test_an_unwritable_place_is_one_clear_error(folder: Path, tmp_path: Path) ->
     (tmp_path / "file").touch()
     with pytest.raises(BayouError, match=r"cannot write .*: Not a directory"):
         bayou.restore(folder / "base", folder / "a.bayou", tmp_path / "file" / "out")
+
+
+def test_progress_is_told_tensor_by_tensor(folder: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    bayou.restore(folder / "base", folder / "a.bayou", tmp_path / "out", progress=lambda *at: seen.append(at))
+    tensors = len(load_file(tmp_path / "out" / "model.safetensors"))
+    assert seen == [("tensors", i + 1, tensors) for i in range(tensors)]
+    entries: list[tuple[str, int, int]] = []
+    checked = bayou.verify(folder / "a.bayou", progress=lambda *at: entries.append(at))["entries"]
+    assert entries == [("entries", i + 1, checked) for i in range(checked)]

@@ -1,6 +1,7 @@
 """Layers that share another's matrix in one self-contained file: the format, restoring, loading, what is refused."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from bayou.attached import AttachedLinear
 from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.contents import Contents, Exact
-from bayou.delta import Dense, Term
+from bayou.delta import Dense, LowRank, Term
 from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms
 from bayou.errors import BadFile, BadInput, Unsupported
 from bayou.methods import float_lowrank, layout_of
-from bayou.packed import Spec
-from bayou.plan import SiteRecord
+from bayou.packed import Packed, Spec
+from bayou.plan import EXPANSION, SiteRecord
 from bayou.quantize import nearest
 
 UP = "model.layers.{}.mlp.up_proj.weight"
@@ -244,3 +245,63 @@ def test_cycles_parts_and_names_are_refused(file: Path, tmp_path: Path) -> None:
     (tmp_path / "w.bayou").write_bytes(parts.pack())
     with pytest.raises(BadFile, match=r"leans on no base, but \.base is not empty"):
         bayou.load(None, tmp_path / "w.bayou")
+
+
+WIDE = (512, 16_384)
+
+
+def sign(shape: tuple[int, int]) -> tuple[Term, ...]:
+    """A product of signs: u has 4 bytes a row, v a bit a column."""
+    u, v = (Packed.codes(torch.zeros(size, dtype=torch.uint8), Spec(1)) for size in ((shape[0], 1), (1, shape[1])))
+    return (LowRank(((u, v),), 1.0),)
+
+
+def claiming(path: Path, references: list[str | None], exact: Tensor | None = None, used: int = 0) -> Path:
+    """A file of sites w0, w1, ... with these references, those without any of `WIDE`; "a" is an exact tensor."""
+    sites, blobs = [], []
+    for i, reference in enumerate(references):
+        like = torch.empty(WIDE if exact is None else exact.shape, device="meta")
+        terms = sign(WIDE) if reference is None else ()
+        sites.append(site(f"w{i}", like, reference, terms, 0.5))
+        blobs.append(pack_terms(terms))
+    held = [] if exact is None else [Exact("a", "BF16", tuple(exact.shape), lambda: exact)]
+    leaned = {f"b{i}": bytes(32) for i in range(used)}
+    Contents(sites, held, [], "", "", leaned, {}, {}).write(path, blobs.__getitem__, [0.0] * len(sites))
+    return path
+
+
+def test_few_bytes_that_claim_huge_matrices_are_refused_before_any_is_made(tmp_path: Path) -> None:
+    one = claiming(tmp_path / "one", [None])
+    assert one.stat().st_size < 6_000 and WIDE[0] * WIDE[1] > EXPANSION * one.stat().st_size
+    part = claiming(tmp_path / "part", ["b0", None], used=1)  # over a base too
+    anchor = torch.zeros(1024, 1024, dtype=torch.bfloat16)
+    many = claiming(tmp_path / "many", ["self:a"] * 3_000, anchor)
+    for path in (one, part, many):
+        for use in (
+            DeltaFile,
+            report.verify,
+            lambda p: bayou.load(p),
+            lambda p: bayou.restore(None, p, tmp_path / "o"),
+        ):
+            with pytest.raises(BadFile, match=rf"{path.name}: [\d,]+ bytes claim matrices of [\d,]+ elements"):
+                use(path)
+    assert not (tmp_path / "o").exists()
+    assert len(DeltaFile(claiming(tmp_path / "fewer", ["self:a"] * 2_000, anchor)).sites) == 2_000
+
+
+def test_what_a_base_vouches_for_may_be_as_large_as_the_base(tmp_path: Path) -> None:
+    path = claiming(tmp_path / "a", ["b0", "self:w0"], used=1)
+    assert 2 * WIDE[0] * WIDE[1] > EXPANSION * path.stat().st_size and len(DeltaFile(path).sites) == 2
+    mixed = claiming(tmp_path / "b", ["b0", None, "self:w1"], used=1)
+    with pytest.raises(BadFile, match="claim matrices of 16,777,216 elements"):
+        DeltaFile(mixed)
+
+
+def test_parts_that_no_base_has_count_though_another_part_of_theirs_is_vouched_for(tmp_path: Path) -> None:
+    like, terms = torch.empty(WIDE, device="meta"), sign(WIDE)
+    first, second = site("w", like, "b0", ()), site("w", like, None, terms)
+    sites = [replace(first, part=0, reference_part=0), replace(second, part=1)]
+    contents = Contents(sites, [], [], "", "", {"b0": bytes(32)}, {}, {})
+    contents.write(tmp_path / "a", [b"", pack_terms(terms)].__getitem__, [0.0, 0.0])
+    with pytest.raises(BadFile, match="claim matrices of 8,388,608 elements"):
+        DeltaFile(tmp_path / "a")

@@ -155,7 +155,7 @@ def test_a_damaged_file_fails_its_own_requests_only(made: tuple, tmp_path: Path)
             else:
                 assert heard.tokens == greedy(model, prompt, 8)
         assert "damaged" not in on_device(engine.bank)
-        with pytest.raises(DamagedFile):
+        with pytest.raises(Refused, match=r"^damaged: entry .* is damaged"):
             engine.load(engine.bank.find("damaged"))
         header = bytearray(files["dense"].read_bytes())
         header[100] ^= 1
@@ -294,3 +294,36 @@ def test_stop_strings(text: str, stops: tuple[str, ...], wanted: str) -> None:
     assert stopped == (wanted != text)
     for i in range(len(said)):  # nothing was said that a stop string then took back
         assert wanted.startswith("".join(said[:i]))
+
+
+def test_the_kernels_tables_give_the_same_answers(made: tuple, tmp_path: Path) -> None:
+    """By the kernels' plain reference, which a CPU takes: lines that are given to others, and tables that grow."""
+    base, files = made
+    engine = opened(made, kernels=True, tenants=3)
+    try:
+        models = {name: alone(base, files[name], tmp_path / name) for name in files}
+        for names in (("lowrank", "dense"), ("deltacome", "bitdelta", "gain"), tuple(files)):
+            asked = [(name, p, Asked(engine, name, p, GREEDY)) for p in prompts(3) for name in (*names, "base")]
+            for name, prompt, answer in asked:
+                if name != "base":
+                    assert answer.wait().tokens == greedy(models[name], prompt, 8), name
+                assert answer.wait().refused is None
+        tables = [module.deltas for module in engine.model.router.modules.values() if getattr(module, "deltas", None)]
+        assert len(tables) == 2 * 7 + 1
+        held = {tenant.on_device.slot for name in files if (tenant := engine.bank.find(name)).on_device}
+        assert all({i for i, terms in enumerate(table.terms) if terms[0]} <= held for table in tables)
+    finally:
+        engine.close()
+
+
+def test_unpacked_factors_give_the_same_answers(made: tuple, sizes: dict[str, int], tmp_path: Path) -> None:
+    engine = opened(made, unpack=True)
+    try:
+        for name in ("deltacome", "bitdelta", "grown"):
+            model = alone(made[0], made[1][name], tmp_path / name)
+            asked = [(p, Asked(engine, name, p, GREEDY)) for p in prompts(5)]
+            assert all(answer.wait().tokens == greedy(model, p, 8) for p, answer in asked)
+        taken = {name: place["device"] for name, place in engine.bank.places().items()}
+        assert taken["deltacome"] > 5 * sizes["deltacome"] and taken["grown"] == sizes["grown"]
+    finally:
+        engine.close()

@@ -206,6 +206,10 @@ def test_plain_quantisation_is_a_shared_model_without_ties(model: Path, tmp_path
     text = Original(model).windows(None, 512, 64, 0)
     wanted = logits(exact, text)
     lost = {n: float((logits(bayou.load(None, tmp_path / f"{n}.bayou"), text) - wanted).norm()) for n in "ac"}
+    words = ["share", str(model), "-o", str(tmp_path / "d.bayou"), "--method", "dense", "--anchor-bits", "4"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--calibration-tokens", "2048", "--length", "64"])
+    assert stop.value.code == 0 and (tmp_path / "d.bayou").read_bytes() == (tmp_path / "a.bayou").read_bytes()
     assert lost["a"] < lost["c"]  # GPTQ, on text like that it was calibrated on, and rounding to nearest
 
 
@@ -265,6 +269,13 @@ def test_options_that_do_not_fit_are_refused(model: Path, tmp_path: Path) -> Non
         ({"method": "shortgpt"}, "--method shortgpt takes --reduce"),
         ({"method": "shortgpt", "dial": Dial(), "anchor_bits": 4}, "--method shortgpt takes --reduce"),
         ({"method": "lastlayers", "dial": None, "delta_method": "deltacome"}, "--method lastlayers takes --reduce"),
+        ({"method": "laco", "dial": None, "quantise": "all"}, "--method laco takes --reduce"),
+        ({"method": "dense", "anchor_bits": 4}, "dense shares nothing"),
+        ({"method": "dense", "dial": None}, "needs --anchor-bits"),
+        ({"method": "dense", "dial": None, "anchor_bits": 4, "initialisation": "svd"}, "dense shares nothing"),
+        ({"method": "dense", "dial": None, "anchor_bits": 4, "training": Training("x")}, "dense shares nothing"),
+        ({"method": "dense", "dial": None, "anchor_bits": 4, "quantise": "anchors"}, "no anchors; choose linears"),
+        ({"method": "dense", "dial": None, "anchor_bits": 9}, "--anchor-bits 9"),
     ]
     for options, message in refused:
         with pytest.raises(BadInput, match=message):
@@ -373,7 +384,7 @@ def test_a_stopped_training_goes_on_with_the_same_ties_only(model: Path, tmp_pat
             trained(*other)
 
 
-@pytest.mark.parametrize("method", [m for m in methods() if m not in ("deltallm", "slicegpt")])
+@pytest.mark.parametrize("method", [m for m in methods() if m not in ("deltallm", "dense", "slicegpt")])
 def test_rivals_are_files_of_the_same_kind(method: str, model: Path, tmp_path: Path) -> None:
     made = share_function(model, tmp_path / "a.bayou", method=method, dial=Dial(reduce=0.2), **FEW)
     agree(model, tmp_path / "a.bayou", tmp_path / "out")
@@ -382,11 +393,7 @@ def test_rivals_are_files_of_the_same_kind(method: str, model: Path, tmp_path: P
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".bayou")] == []
 
 
-def test_what_has_no_plain_form_or_no_text_is_refused(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(Unsupported, match="no model of shared layers"):
-        share_function(model, tmp_path / "a.bayou", method="slicegpt", **FEW)
+def test_a_rival_without_a_text_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="measures the model on text"):
         share_function(model, tmp_path / "a.bayou", method="shortgpt", calibration="none")
-    with pytest.raises(BadInput, match="--train is for deltallm"):
-        share_function(model, tmp_path / "a.bayou", method="shortgpt", training=Training("x"), **FEW)
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bayou import objective, skeleton, tune
+from bayou import objective, skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch, Unsupported
 from bayou.sharing import Shared, Tie
@@ -329,28 +329,6 @@ def test_a_soft_cap_is_part_of_the_head(tmp_path: Path) -> None:
     with torch.no_grad():
         found = objective.head(model)(objective.hidden_states(model, ids))
         assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-5) and found.abs().max() <= 2
-
-
-def test_search_needs_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(BadInput, match="pip install 'bayou"):
-        tune.search(lambda rate: rate, trials=1)
-
-
-def test_search_finds_the_best_rate() -> None:
-    pytest.importorskip("optuna")
-
-    def measured(rate: float) -> float:
-        if rate > 5e-3:
-            raise Diverged("too high")
-        return (math.log(rate) - math.log(1e-3)) ** 2
-
-    rate, tried = tune.search(measured, trials=25)
-    assert len(tried) == 25 and 6e-4 < rate < 1.6e-3
-    with pytest.raises(Diverged, match="widen the range"):
-        tune.search(lambda rate: math.nan, trials=2)
-    with pytest.raises(BadInput, match="cannot search"):
-        tune.search(measured, trials=0)
 
 
 @pytest.mark.slow

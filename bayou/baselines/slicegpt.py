@@ -10,7 +10,7 @@ D' is a multiple of 8. The norms still divide by the root of sum / D with the or
 
 The shortcuts are 2 D'^2 parameters a block, and a tied head becomes a matrix of its own, since embedding and head are
 rotated differently: both are counted, so a small model with a large vocabulary must be sliced hard to lose anything.
-There is no plain form: `save` and `load` are its own.
+There is no plain form: `save` and `load` are its own, a folder of model.safetensors, sliced.json and the small files.
 """
 
 import json
@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from bayou import sidecar, skeleton
 from bayou.baselines.baseline import Baseline, count
 from bayou.baselines.baseline import load as load_original
+from bayou.deltafile import SLICED
 from bayou.errors import BadInput, Unsupported, disk_error
 
 MULTIPLE = 8
-_NAME = "sliced.json"
 
 
 class SlicedNorm(nn.Module):
@@ -176,7 +176,7 @@ def save(baseline: Baseline, out: Path | str, original: Path | str) -> Path:
         work.mkdir(parents=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(state, work / "model.safetensors", metadata={"format": "pt"})
-        (work / _NAME).write_text(json.dumps(stated, indent=2) + "\n")
+        (work / SLICED).write_text(json.dumps(stated, indent=2) + "\n")
         for name, content in sidecar.carried(Path(original)).items():
             if name != "config.json":  # transformers must not take the folder for a plain one
                 (work / name).write_bytes(content)
@@ -188,13 +188,15 @@ def save(baseline: Baseline, out: Path | str, original: Path | str) -> Path:
     return out
 
 
-def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> PreTrainedModel:
+def load(
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PreTrainedModel:
     """The model that `save` wrote, frozen, in eval mode; dtype None is as saved. BadInput if it is none."""
     folder = Path(folder)
     try:
-        stated = json.loads((folder / _NAME).read_text(encoding="utf-8"))
+        stated = json.loads((folder / SLICED).read_text(encoding="utf-8"))
         width, raw = int(stated["width"]), dict(stated["config"])
-        state = load_file(folder / "model.safetensors", device=device)
+        state = load_file(folder / "model.safetensors", device=str(device))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{folder} does not hold a sliced model ({error})") from error
     model = skeleton.build(raw)
@@ -218,7 +220,15 @@ def load(folder: Path | str, *, device: str = "cpu", dtype: torch.dtype | None =
         _set(module, torch.empty(module.weight.shape[0], width, device="meta"))
     wanted = dtype or next(iter(state.values())).dtype
     skeleton.fill(model, "", places, state.__getitem__, dtype=wanted, device=device)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = str(folder)
     return model
+
+
+def is_sliced(folder: Path | str) -> bool:
+    """Whether `save` wrote the folder."""
+    return (Path(folder) / SLICED).is_file()
 
 
 def _parameters(model: PreTrainedModel, width: int) -> int:

@@ -6,6 +6,8 @@ A method is a module of this package with
         the terms that stand for the site's delta; its keyword-only arguments are its configuration
     layout(shape, *, rank: int, ...) -> tuple[TermLayout, ...]
         what encode will return, without the bits: kinds, shapes and number formats, hence bytes
+    encode_many(sites, options) -> list of terms
+        optional: encode of each site with the options of its place, which differ in the rank at most, faster
     EMBEDDINGS: dict
         the method and options that it leaves embeddings and heads to
     USES_GRAM: bool = False
@@ -19,7 +21,7 @@ listed, budgeted, saved, verified, loaded and tested (tests/test_methods.py) wit
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from math import prod
@@ -148,6 +150,18 @@ def normalised(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor, float]:
     # Not below 2^-63: the gain, their product, is stored in fp32, whose least normal number is 2^-126.
     peaks = [float(2.0 ** torch.floor(torch.log2(part.abs().max().clamp_min(2.0**-63)))) for part in (u, v)]
     return u / peaks[0], v / peaks[1], prod(peaks)
+
+
+def encode_many(name: str, sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tuple[Term, ...]]:
+    """The terms of each site by the method `name`: together where it can, one by one where it cannot.
+
+    options: of each site, complete; they differ in the rank at most.
+    """
+    module = get(name)
+    many = getattr(module, "encode_many", None)
+    if len(sites) > 1 and many is not None:
+        return list(many(sites, options))
+    return [module.encode(site, **chosen) for site, chosen in zip(sites, options, strict=True)]
 
 
 @functools.cache

@@ -20,18 +20,20 @@ with groups of 128, asymmetric ranges, act-order and damping .01. The published 
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from bayou import clock
 from bayou.decompose import svd
 from bayou.delta import LowRank, Term
 from bayou.errors import BadInput
 from bayou.methods import Site, TermLayout, agreement, cut, normalised
 from bayou.packed import Packed, Spec
-from bayou.quantize import Grid, factorize, gptq, grid, spread
+from bayou.quantize import Factor, Grid, factorize, gptq, grid, spread
 
 EMBEDDINGS = {"method": "lowrank", "bits": 4}
 """No activation reaches an embedding's rows, so GPTQ has nothing to go by; see LOG.md for the choice of 4 bits."""
@@ -122,50 +124,140 @@ def encode(
     lost, since the next layers miss what this one lost: better where the text that calibrates is the task's own, far
     worse where it is not.
     """
-    u, s, v = svd(site.delta, rank)
-    blocks = list(_blocks(bands, len(s)))
-    specs = [_specs(site.delta.shape, bits, ranks, group) for _, bits, ranks in blocks]
-    widths = [ranks for _, _, ranks in blocks]
-    u, v, gain = normalised(u * s.sqrt(), v * s.sqrt()[:, None])
+    given = {"bands": bands, "group": group, "damping": damping, "act_order": act_order}
+    return _encode([site], [given | {"rank": rank, "refit": refit, "ridge": ridge, "strength": strength}])[0]
 
-    v_specs = [Spec.parse(v_spec) for _, v_spec in specs]
-    v_scales = [_grid(part, spec) for part, spec in zip(v.split(widths), v_specs, strict=True)]
-    factor = site.gram.factor(damping, act_order) if site.gram else None
-    v_levels = [_levels(scale, spec, v.shape[1]) for scale, spec in zip(v_scales, v_specs, strict=True)]
-    # Ranks are rows here: they never exchange errors, so one sweep rounds all bands.
-    v_codes, v_hat = gptq(v, factor, _stack(v_levels, [(w, v.shape[1]) for w in widths], 0, v.device))
 
-    weighted = v_hat.double()
-    if site.gram:
-        moments = site.gram.matrix.to(v.device).double()
-        weighted = weighted @ moments
-    hessian = weighted @ v_hat.double().T
-    if refit == "full":
-        u = _refit(site, u, v_hat, gain, weighted, hessian, ridge)
-    else:
-        band = torch.tensor([b for b, _, ranks in blocks for _ in range(ranks)], device=u.device)
-        hessian = hessian * (band[:, None] == band)
-    u_specs = [Spec.parse(u_spec) for u_spec, _ in specs]
-    u_scales = [_grid(part, spec) for part, spec in zip(u.split(widths, dim=1), u_specs, strict=True)]
-    u_levels = [_levels(scale, spec, w) for scale, spec, w in zip(u_scales, u_specs, widths, strict=True)]
-    levels = _stack(u_levels, [(u.shape[0], w) for w in widths], 1, u.device)
-    u_codes, u_hat = gptq(u, factorize(hessian, damping=damping, act_order=act_order), levels)
-    if refit != "none":
-        factors = _factors(site, u_hat * gain, v_hat, strength)
-        u_hat = u_hat * factors
-        u_scales = [scales and (scales[0] * factors, scales[1]) for scales in u_scales]
+def encode_many(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tuple[Term, ...]]:
+    """What `encode` gives of each site with its own options, which differ in the rank at most; fewer sweeps.
 
-    packed, start = [], 0
-    for index, width in enumerate(widths):
-        ranks = slice(start, start + width)
-        packed.append(
-            (
-                _pack(u_codes[:, ranks], u_hat[:, ranks], u_specs[index], u_scales[index]),
-                _pack(v_codes[ranks], v_hat[ranks], v_specs[index], v_scales[index]),
-            )
-        )
-        start += width
-    return (LowRank(tuple(packed), gain),)
+    The Vs of all sites with one gram are rounded in one sweep, as are the Us of one shape: for a GPU a sweep of many
+    rows takes no longer than one of few.
+    """
+    return _encode(sites, options)
+
+
+def _encode(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tuple[Term, ...]]:
+    common = options[0]
+    ranks = [chosen["rank"] for chosen in options]
+    codings = [_Coding(*pair, common["bands"], common["group"]) for pair in zip(sites, ranks, strict=True)]
+    damping, act_order, refit = common["damping"], common["act_order"], common["refit"]
+    for alike in _alike(codings, lambda coding: (id(coding.site.gram), coding.v.shape[1])):
+        _round_v(alike, damping, act_order)
+    for coding in codings:
+        coding.find_hessian(refit, common["ridge"])
+    for alike in _alike(codings, lambda coding: coding.u.shape):
+        _round_u(alike, damping, act_order)
+    return [(coding.term(refit, common["strength"]),) for coding in codings]
+
+
+class _Coding:
+    """A site on its way to codes: u (out, rank), v (rank, in) fp32 of its delta over `gain`, cut into blocks."""
+
+    v_codes: Tensor
+    v_hat: Tensor
+    u_codes: Tensor
+    u_hat: Tensor
+    hessian: Tensor
+
+    def __init__(self, site: Site, rank: int, bands: str, group: int) -> None:
+        self.site = site
+        u, s, v = svd(site.delta, rank)
+        self.blocks = list(_blocks(bands, len(s)))
+        specs = [_specs(site.delta.shape, bits, ranks, group) for _, bits, ranks in self.blocks]
+        self.u_specs = [Spec.parse(u_spec) for u_spec, _ in specs]
+        self.v_specs = [Spec.parse(v_spec) for _, v_spec in specs]
+        self.widths = [ranks for _, _, ranks in self.blocks]
+        self.u, self.v, self.gain = normalised(u * s.sqrt(), v * s.sqrt()[:, None])
+
+    def v_levels(self) -> Grid:
+        """What each element of v may be; finds the scales."""
+        v, width = self.v, self.v.shape[1]
+        self.v_scales = [_grid(part, spec) for part, spec in zip(v.split(self.widths), self.v_specs, strict=True)]
+        levels = [_levels(scale, spec, width) for scale, spec in zip(self.v_scales, self.v_specs, strict=True)]
+        return _stack(levels, [(ranks, width) for ranks in self.widths], 0, v.device)
+
+    def u_levels(self) -> Grid:
+        """What each element of u may be; finds the scales."""
+        parts = self.u.split(self.widths, dim=1)
+        self.u_scales = [_grid(part, spec) for part, spec in zip(parts, self.u_specs, strict=True)]
+        three = zip(self.u_scales, self.u_specs, self.widths, strict=True)
+        levels = [_levels(scale, spec, ranks) for scale, spec, ranks in three]
+        return _stack(levels, [(self.u.shape[0], ranks) for ranks in self.widths], 1, self.u.device)
+
+    def find_hessian(self, refit: str, ridge: float) -> None:
+        """The second moments of what u multiplies, band by band; or of all bands, with u fitted to the rounded v."""
+        with clock.step("hessian of u"):
+            v_hat = self.v_hat.double()
+            weighted = v_hat
+            if self.site.gram:
+                weighted = weighted @ self.site.gram.matrix.to(v_hat.device).double()
+            hessian = weighted @ v_hat.T
+            if refit == "full":
+                self.u = _refit(self.site, self.u, self.v_hat, self.gain, weighted, hessian, ridge)
+            else:
+                band = [band for band, _, ranks in self.blocks for _ in range(ranks)]
+                bands = torch.tensor(band, device=hessian.device)
+                hessian = hessian * (bands[:, None] == bands)
+            self.hessian = hessian
+
+    def term(self, refit: str, strength: float) -> LowRank:
+        """The codes, packed."""
+        if refit != "none":
+            with clock.step("rows of u"):
+                factors = _factors(self.site, self.u_hat * self.gain, self.v_hat, strength)
+                self.u_hat = self.u_hat * factors
+                self.u_scales = [scales and (scales[0] * factors, scales[1]) for scales in self.u_scales]
+        packed, start = [], 0
+        with clock.step("pack"):
+            for index, width in enumerate(self.widths):
+                at = slice(start, start + width)
+                u, v = (self.u_codes[:, at], self.u_hat[:, at]), (self.v_codes[at], self.v_hat[at])
+                packed.append(
+                    (
+                        _pack(*u, self.u_specs[index], self.u_scales[index]),
+                        _pack(*v, self.v_specs[index], self.v_scales[index]),
+                    )
+                )
+                start += width
+        return LowRank(tuple(packed), self.gain)
+
+
+def _alike(codings: list[_Coding], key: Callable[[_Coding], Hashable]) -> list[list[_Coding]]:
+    """The codings in groups of one key."""
+    groups: dict[Hashable, list[_Coding]] = {}
+    for coding in codings:
+        groups.setdefault(key(coding), []).append(coding)
+    return list(groups.values())
+
+
+def _round_v(codings: list[_Coding], damping: float, act_order: bool) -> None:
+    """Round the v of all, which have the gram in common. Ranks are rows: they never exchange errors, so that one
+    sweep rounds all bands of all sites."""
+    gram = codings[0].site.gram
+    with clock.step("factorise"):
+        factor = gram.factor(damping, act_order) if gram else None
+    with clock.step("gptq of v"):
+        every = [coding.v_levels() for coding in codings]
+        levels = Grid(*(torch.cat([getattr(part, f) for part in every]) for f in ("scale", "zero", "top")))
+        codes, values = gptq(torch.cat([coding.v for coding in codings]), factor, levels)
+        ranks = [len(coding.v) for coding in codings]
+        for coding, v_codes, v_hat in zip(codings, codes.split(ranks), values.split(ranks), strict=True):
+            coding.v_codes, coding.v_hat = v_codes, v_hat
+
+
+def _round_u(codings: list[_Coding], damping: float, act_order: bool) -> None:
+    """Round the u of all, which have one shape, each by its own Hessian."""
+    with clock.step("factorise"):
+        # One by one: a GPU's batched Cholesky is for far smaller matrices than these.
+        factors = [factorize(coding.hessian, damping=damping, act_order=act_order) for coding in codings]
+        factor = Factor(*(torch.stack([getattr(f, name) for f in factors]) for name in ("order", "inverse", "dead")))
+    with clock.step("gptq of u"):
+        every = [coding.u_levels() for coding in codings]
+        levels = Grid(*(torch.stack([getattr(part, f) for part in every]) for f in ("scale", "zero", "top")))
+        codes, values = gptq(torch.stack([coding.u for coding in codings]), factor, levels)
+        for coding, u_codes, u_hat in zip(codings, codes, values, strict=True):
+            coding.u_codes, coding.u_hat = u_codes, u_hat
 
 
 def _refit(

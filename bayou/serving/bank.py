@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from bayou.deltafile import DeltaFile
 from bayou.errors import BayouError, Unsupported
-from bayou.serving.refusals import Refused
+from bayou.serving.refusals import Refused, refusal
 from bayou.serving.resident import Resident, check_config, read
 from bayou.serving.router import Router
 from bayou.serving.tenant import CheckedOnce, Tenant, Ticket, taken
@@ -49,6 +49,7 @@ class Bank:
         limit: bytes of deltas on the device at most.
         host: bytes of deltas kept beside it in page-locked memory; a device that is the CPU has none.
         lines: of the router's tables: the base and at most lines - 1 tenants on the device.
+        unpack: hold factors as fp32 numbers.
         changed: called when something has become ready, failed or gone; from any thread.
     """
 
@@ -62,6 +63,7 @@ class Bank:
         limit: int,
         host: int,
         lines: int,
+        unpack: bool = False,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._checkpoint = CheckedOnce(folder)
@@ -69,6 +71,7 @@ class Bank:
         self._config = self._checkpoint.config
         self._model, self._router, self._changed = model, router, changed
         self.device = model.get_input_embeddings().weight.device
+        self._unpack = unpack
         self._limit, self._host_limit = limit, host if self.device.type == "cuda" else 0
         self._voices = Voices(folder)
         self.base = Tenant(name, None, self._voices.base)
@@ -138,6 +141,10 @@ class Bank:
             if tenant is not None:
                 self._leave(tenant)
             return tenant is not None
+
+    def told(self, error: BayouError, name: str, path: Path) -> Refused:
+        """An error of the file of a tenant, as clients are told it."""
+        return refusal(error, (path, name), (self._checkpoint.folder, self.base.name))
 
     def forget(self, tenant: Tenant) -> None:
         """Let go of a tenant that was opened and not entered."""
@@ -228,6 +235,7 @@ class Bank:
 
     def _drop_device(self, tenant: Tenant) -> None:
         if tenant.on_device is not None:
+            self._router.clear(tenant.on_device.slot)
             self._free.append(tenant.on_device.slot)
             tenant.on_device = None
             del self._used[tenant]
@@ -275,9 +283,10 @@ class Bank:
             tenant = asking.tenant
             try:
                 self._load(tenant, asking)
-                error = None
+                error: Refused | None = None
             except BayouError as known:
-                error = known
+                assert tenant.file is not None
+                error = self.told(known, tenant.name, tenant.file.path)
             except Exception as unknown:  # a tenant's trouble, out of memory too, must not end the loading of others
                 error = Refused(f"the model {tenant.name!r} cannot be loaded: {unknown!s:.300}", 503, "load_failed")
             with self._lock:
@@ -295,6 +304,8 @@ class Bank:
         if host is None:
             assert tenant.file is not None  # the base is always there
             host = read(self._model, tenant.file, {path: routed.inner for path, routed in self._router.modules.items()})
+            if self._unpack:
+                host = host.unpacked()
             if self.device.type == "cuda":
                 host = host.pinned()
         nbytes = host.nbytes

@@ -20,7 +20,7 @@ import torch
 from bayou.errors import BayouError
 from bayou.serving.bank import Bank
 from bayou.serving.forward import Part, Runner
-from bayou.serving.refusals import Refused, busy, refusal
+from bayou.serving.refusals import Refused, busy
 from bayou.serving.sampling import Chosen, Row, Sampling
 from bayou.serving.tenant import Tenant, Ticket
 from bayou.serving.voice import Speech
@@ -74,6 +74,7 @@ class Settings:
 
     memory, host_memory: bytes of deltas on the device and beside it. tenants: on the device at once. batch: answers at
     once. length: tokens of a prompt and its answer. queue: answers that may wait. piece: tokens of a prefill step.
+    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels: see Runner.
     """
 
     memory: int = 8 * 10**9
@@ -85,6 +86,8 @@ class Settings:
     piece: int = 512
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+    unpack: bool = False
+    kernels: bool | None = None
 
 
 class Engine:
@@ -100,7 +103,10 @@ class Engine:
     def __init__(self, folder: Path, name: str = "base", settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         chosen = self.settings
-        self.model = Runner(folder, chosen.device, chosen.dtype, chosen.tenants + 1, chosen.batch, chosen.length)
+        lines = chosen.tenants + 1
+        self.model = Runner(
+            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, kernels=chosen.kernels
+        )
         self.length = self.model.slots.most
         self._free = list(range(self.settings.batch, 0, -1))
         self._waiting: deque[Answer] = deque()
@@ -116,7 +122,8 @@ class Engine:
             self.model.router,
             limit=self.settings.memory,
             host=self.settings.host_memory,
-            lines=self.settings.tenants + 1,
+            lines=lines,
+            unpack=self.settings.unpack,
             changed=self._wake,
         )
         self._thread = threading.Thread(target=self._run, name="bayou-engine", daemon=True)
@@ -163,7 +170,7 @@ class Engine:
     def load(self, tenant: Tenant) -> None:
         """Bring a tenant to the device now, as a request for it would; returns when it is there.
 
-        Raises the error of a file that cannot be loaded. A later tenant may put it out again.
+        Raises Refused for a file that cannot be loaded. A later tenant may put it out again.
         """
         ticket = self.bank.ticket(tenant)
         try:
@@ -227,7 +234,7 @@ class Engine:
             self._finish(answer, Piece(reason="cancelled"))
         for answer in [s for s in self._waiting if s.ticket.error is not None]:
             assert answer.ticket.error is not None
-            self._finish(answer, Piece(refused=refusal(answer.ticket.error)))
+            self._finish(answer, Piece(refused=answer.ticket.error))
 
     def _admit(self) -> None:
         for answer in list(self._waiting):

@@ -15,6 +15,7 @@ from torch import Tensor
 from bayou import skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import Unsupported
+from bayou.kernels.one_delta import suits
 from bayou.serving import slots as kv
 from bayou.serving.resident import Resident
 from bayou.serving.router import Rows, served
@@ -56,11 +57,22 @@ class Runner:
         lines: of the router's tables, see Bank.
         batch: answers at once.
         length: positions of an answer with its prompt at most; less where the model has fewer.
+        kernels: multiply by all tenants' deltas at once; None: on a GPU with Triton, where BAYOU_PACKED=1 asks for it.
 
     Raises BadInput, and Unsupported for a model that cannot be served.
     """
 
-    def __init__(self, folder: Path, device: str, dtype: torch.dtype, lines: int, batch: int, length: int) -> None:
+    @torch.inference_mode(False)  # whatever mode our caller is in: tables are written by other threads later
+    def __init__(
+        self,
+        folder: Path,
+        device: str,
+        dtype: torch.dtype,
+        lines: int,
+        batch: int,
+        length: int,
+        kernels: bool | None = None,
+    ) -> None:
         checkpoint = Checkpoint(folder)
         self.device = torch.device(device)
         self.base = skeleton.build(folder)
@@ -68,7 +80,9 @@ class Runner:
         skeleton.fill(self.base, "", places, checkpoint.read, dtype=dtype, device=self.device)
         config = self.base.config.get_text_config()
         self.rows = len(self.base.get_input_embeddings().weight)
-        self.tree, self.router = served(self.base, lines)
+        if kernels is None:
+            kernels = suits(self.base.get_input_embeddings().weight)
+        self.tree, self.router = served(self.base, lines, kernels=kernels)
         self.slots = kv.Slots(batch + 1, min(length, getattr(config, "max_position_embeddings", None) or length))
         kv.put_into(self.tree, self.slots)
         sizes = {size for p in self.base.parameters() for size in p.shape}
@@ -130,8 +144,8 @@ class Runner:
             kept, wanting = [len(ids) - 1], [len(sorted_parts) - 1]
         table = torch.tensor([ids, position, slot, line], device=self.device)
         wanted = torch.tensor(kept, device=self.device)
-        every = _rows(sorted_parts, [len(part.tokens) for part in sorted_parts], table[3])
-        last = _rows([sorted_parts[i] for i in wanting], [1] * len(wanting), table[3, wanted])
+        every = self._rows(sorted_parts, [len(part.tokens) for part in sorted_parts], table[3])
+        last = self._rows([sorted_parts[i] for i in wanting], [1] * len(wanting), table[3, wanted])
         self.slots.places = self._places(table, spans, decode)
         with self.router.step(every, last):
             scores = self._scores(table[0], table[1], wanted)
@@ -159,15 +173,20 @@ class Runner:
         read = torch.tensor([by_slot, filled], device=self.device)
         return kv.Places(table[2], table[1], by_slot=read[0], filled=read[1], reach=reach)
 
-
-def _rows(parts: Sequence[Part], counts: Sequence[int], slots: Tensor) -> Rows:
-    """The segments of parts that lie sorted by line."""
-    segments: list[tuple[int, int, Resident | None]] = []
-    at, before = 0, -1
-    for part, count in zip(parts, counts, strict=True):
-        if part.line == before:
-            segments[-1] = (segments[-1][0], at + count, part.resident)
-        else:
-            segments.append((at, at + count, part.resident))
-        at, before = at + count, part.line
-    return Rows(tuple(segments), slots)
+    def _rows(self, parts: Sequence[Part], counts: Sequence[int], slots: Tensor) -> Rows:
+        """The segments of parts that lie sorted by line."""
+        segments: list[tuple[int, int, Resident | None]] = []
+        lines: list[int] = []
+        at = 0
+        for part, count in zip(parts, counts, strict=True):
+            if lines and part.line == lines[-1]:
+                segments[-1] = (segments[-1][0], at + count, part.resident)
+            else:
+                segments.append((at, at + count, part.resident))
+                lines.append(part.line)
+            at += count
+        if not self.router.kernels:
+            return Rows(tuple(segments), slots)
+        offsets = [*(start for start, _, _ in segments), at]
+        both = torch.tensor([*offsets, *(line or -1 for line in lines)], dtype=torch.int32, device=self.device)
+        return Rows(tuple(segments), slots, both[: len(offsets)], both[len(offsets) :])

@@ -32,11 +32,14 @@ _STATUS = (
 )
 
 
-def refusal(error: BayouError) -> Refused:
-    """The refusal that an error of a delta's file means."""
+def refusal(error: BayouError, *hidden: tuple[object, str]) -> Refused:
+    """The refusal that an error of a delta's file means. hidden: (path, name): clients are told names only."""
     if isinstance(error, Refused):
         return error
+    message = str(error)
+    for path, name in hidden:
+        message = message.replace(str(path), name)
     for kind, status, code in _STATUS:
         if isinstance(error, kind):
-            return Refused(str(error), status, code)
-    return Refused(str(error), 400, "bad_request")
+            return Refused(message, status, code)
+    return Refused(message, 400, "bad_request")

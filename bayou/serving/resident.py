@@ -16,8 +16,10 @@ from transformers import CONFIG_MAPPING, PreTrainedModel
 
 from bayou.attach import differences
 from bayou.attached import AttachedEmbedding, AttachedExperts, AttachedLinear
+from bayou.delta import Term
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadFile, Unsupported
+from bayou.packed import Packed
 
 _SAME_MODEL = frozenset(
     {
@@ -62,8 +64,30 @@ class Resident:
         return self._mapped(lambda whole: whole.to(target))
 
     def pinned(self) -> "Resident":
-        """The same in page-locked memory, from which a copy to the device does not hold up anyone."""
-        return self._mapped(lambda whole: whole.pin_memory())
+        """The same in page-locked memory of the CPU, from which a copy to the device does not hold up anyone."""
+        return self._mapped(lambda whole: whole.cpu().pin_memory())
+
+    def unpacked(self) -> "Resident":
+        """The same with every factor as the fp32 numbers that it decodes to: faster on a CPU, and many times larger."""
+        known: dict[int, Packed] = {}
+
+        def floats(value: Any) -> Any:
+            if isinstance(value, Packed):
+                if id(value) not in known:
+                    known[id(value)] = Packed.floats(value.unpack(), "f32")
+                return known[id(value)]
+            if isinstance(value, tuple):
+                return tuple(floats(item) for item in value)
+            if isinstance(value, Term):
+                return replace(value, **{f.name: floats(getattr(value, f.name)) for f in fields(value)})
+            return value
+
+        def module(old: nn.Module) -> nn.Module:
+            if isinstance(old, AttachedLinear | AttachedEmbedding):
+                return type(old)(old.inner, old.base, replace(old.delta, terms=floats(old.delta.terms)), old.extra)
+            return old  # experts are restored as wholes, which needs the factors in fp64 anyway
+
+        return replace(self, modules={path: module(old) for path, old in self.modules.items()})
 
     def _mapped(self, move: Callable[[Tensor], Tensor]) -> "Resident":
         buffers: dict[int, Tensor] = {}

@@ -73,11 +73,17 @@ class Roster:
         tenant = self._bank.find(name)
         if tenant is not None:
             return tenant
+        check_name(name)
         if self._root is None or name in self._unloaded:
-            check_name(name)
             raise unknown_model(name)
         with self._lock:  # two requests for a new file open it once
-            return self._bank.find(name) or self._bank.register(name, resolve(self._root, name.removesuffix(SUFFIX)))
+            return self._bank.find(name) or self._register(name, resolve(self._root, name))
+
+    def _register(self, name: str, path: Path) -> Tenant:
+        try:
+            return self._bank.register(name, path)
+        except BayouError as error:
+            raise self._bank.told(error, name, path) from None
 
     def load(self, name: str, path: str, *, replacing: bool = False) -> None:
         """Serve a file of the folder under a name, all of it read and verified before anyone can ask for it.
@@ -89,7 +95,11 @@ class Roster:
         check_name(name)
         if self._bank.find(name) is not None and not replacing:
             raise taken(name)
-        trial = self._bank.open(name, resolve(self._root, path))
+        file = resolve(self._root, path)
+        try:
+            trial = self._bank.open(name, file)
+        except BayouError as error:
+            raise self._bank.told(error, name, file) from None
         try:
             self._engine.load(trial)
             self._bank.enter(trial, replacing=replacing)

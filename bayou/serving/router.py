@@ -3,7 +3,8 @@
 A step's rows lie sorted by tenant, in segments. The routed modules stand in a copy of the base's module tree, around
 the same parameters:
 
-    RoutedLinear     one product with the base's weight for all rows, and each segment's delta.apply on its rows
+    RoutedLinear     one product with the base's weight for all rows, and each segment's delta.apply on its rows; on a
+                     GPU one launch or two for all segments, from a kernel's table with a line a resident
     RoutedEmbedding  a look-up by segment
     RoutedNorm       one pass with each row's own weight and bias, gathered from a table with a line a resident
     RoutedModule     whatever else has parameters (experts, a gate, learned positions), a segment at a time
@@ -11,6 +12,7 @@ the same parameters:
 Rows of the base itself are computed with the base's own modules, as if there were no tenants.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from bayou.attached import Around, AttachedLinear
-from bayou.errors import Unsupported
+from bayou.delta import Term
+from bayou.errors import BadInput, Unsupported
+from bayou.kernels.packed_product import packed_product
+from bayou.kernels.table import Table
 from bayou.serving.resident import Resident
 from bayou.skeleton import is_linear
 
@@ -35,11 +40,19 @@ class Rows:
     """The rows that a module is given in one step, sorted by tenant.
 
     segments: (first row, row after the last, tenant or None for the base). slots: (rows,) each row's line in the
-    tables.
+    tables. For kernels, offsets: (segments + 1,) int32 the segments' first rows and the end, lines: (segments,) int32
+    their lines, -1 for the base.
     """
 
     segments: tuple[tuple[int, int, Resident | None], ...]
     slots: Tensor
+    offsets: Tensor | None = None
+    lines: Tensor | None = None
+
+    @property
+    def most(self) -> int:
+        """Rows of the largest segment."""
+        return max(stop - start for start, stop, _ in self.segments)
 
     @property
     def count(self) -> int:
@@ -60,8 +73,13 @@ _NOBODY = Rows(((0, 0, None),), torch.zeros(0, dtype=torch.long))
 
 @dataclass(eq=False)
 class Router:
-    """Lets the modules of a served tree know the rows of the step; `rows` of all tokens, `kept` of the head's."""
+    """Lets the modules of a served tree know the rows of the step; `rows` of all tokens, `kept` of the head's.
 
+    lines: of the tables. kernels: whether linears multiply by all tenants' deltas at once.
+    """
+
+    lines: int = 1
+    kernels: bool = False
     rows: Rows = _NOBODY
     kept: Rows = _NOBODY
     probing: int = 0
@@ -87,9 +105,17 @@ class Router:
             self.probing = 0
 
     def install(self, resident: Resident) -> None:
-        """Write a resident's norms and biases into its line of the tables. No row of the step may be using the line."""
+        """Write a resident into its line of the tables. No row of a step may be using the line."""
         for path, module in self.modules.items():
             module.write(resident.slot, resident.tensors.get(path, {}))
+            if self.kernels and isinstance(module, RoutedLinear):
+                module.write_delta(resident.slot, resident.modules.get(path))
+
+    def clear(self, line: int) -> None:
+        """Let go of the deltas in a line of the kernels' tables."""
+        for module in self.modules.values() if self.kernels else ():
+            if isinstance(module, RoutedLinear):
+                module.write_delta(line, None)
 
 
 class Routed(Around):
@@ -130,6 +156,30 @@ def _axis(tensor: Tensor, rows: int, path: str) -> int:
 class RoutedLinear(Routed):
     """nn.Linear or Conv1D; of the head, tokens that a row's tenant lacks have the score -inf."""
 
+    deltas: Table | None = None
+    former: Any = None
+
+    def write_delta(self, line: int, module: nn.Module | None) -> None:
+        """A line of the kernel's table: the delta of `module`, nothing for None and for what is computed apart."""
+        terms: tuple[Term, ...] = ()
+        if isinstance(module, AttachedLinear) and module.aligned:
+            terms = module.delta.terms
+        if self.deltas is None and not terms:
+            return
+        old = self.deltas
+        with contextlib.suppress(BadInput):  # which says that the table was made for smaller deltas
+            if old is not None:
+                old.write(line, [terms])
+                return
+        every = {i: each for i, each in enumerate(old.terms if old else ()) if each[0]} | {line: [terms]}
+        weight: Tensor = self.inner.weight  # type: ignore[assignment]
+        shape = tuple(weight.T.shape if isinstance(self.inner, Conv1D) else weight.shape)
+        table = Table([(shape[0], shape[1])], self.router.lines, list(every.values()), weight.device)
+        for i, each in every.items():
+            table.write(i, each)
+        # It takes the old one's place when all is in it; a step that runs may still be reading the old one's memory.
+        self.deltas, self.former = table, old.lists if old else None
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), with as many rows in all as the step has."""
         rows = self.rows
@@ -141,14 +191,17 @@ class RoutedLinear(Routed):
             y = self.inner(flat)
         elif all(module is not None and module.gain == 1 and module.aligned and not own for _, _, module, own in parts):
             y = self.inner(flat)
-            self._add_deltas(flat, y, parts)
+            self._add_deltas(flat, y, parts, rows)
         else:
             y = self._apart(flat, parts, rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    @staticmethod
-    def _add_deltas(x: Tensor, y: Tensor, parts: list[Any]) -> None:
-        """y += x @ delta.T of each segment, in place. Here is where a kernel takes all segments in one launch."""
+    def _add_deltas(self, x: Tensor, y: Tensor, parts: list[Any], rows: Rows) -> None:
+        """y += x @ delta.T of each segment, in place."""
+        if self.deltas is not None and rows.offsets is not None and rows.lines is not None:
+            scratch = self.deltas.scratch(len(x))
+            packed_product(self.deltas, x, rows.offsets, rows.lines, [y], most=rows.most, scratch=scratch)
+            return
         for start, stop, module, _ in parts:
             y[start:stop] += module.delta.apply(x[start:stop])
 
@@ -167,7 +220,7 @@ class RoutedLinear(Routed):
             elif module is not None:
                 assert isinstance(module, AttachedLinear)
                 found[start, stop] = module.product(x[start:stop])
-        self._add_deltas(x, y, plain)
+        self._add_deltas(x, y, plain, rows)
         if self.head:
             wide = max(y.shape[1], *(part.shape[1] for part in found.values()), 0)
             y = functional.pad(y, (0, wide - y.shape[1]), value=-torch.inf)
@@ -253,15 +306,15 @@ class RoutedModule(Routed):
         return joined if isinstance(made, tuple) else joined[0]
 
 
-def served(base: PreTrainedModel, lines: int) -> tuple[PreTrainedModel, Router]:
+def served(base: PreTrainedModel, lines: int, *, kernels: bool = False) -> tuple[PreTrainedModel, Router]:
     """A second module tree over the base's own parameters, whose modules are routed; and its router.
 
     lines: residents that may be on the device at once, and one for the base. Raises Unsupported for a model of more
-    than a text decoder and a head.
+    than a text decoder and a head. kernels: see Router.
     """
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())}
     tree = copy.deepcopy(base, memo)
-    router = Router()
+    router = Router(lines, kernels)
     head = base.get_output_embeddings()
     inside = {id(p) for part in (base.get_decoder(), head) if part is not None for p in part.parameters()}
     outside = next((path for path, p in base.named_parameters() if id(p) not in inside), None)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from bayou.checkpoint import Checkpoint
 from bayou.deltafile import DeltaFile
-from bayou.errors import BadInput, BayouError
+from bayou.errors import BadInput
+from bayou.serving.refusals import Refused
 from bayou.serving.resident import Resident
 from bayou.serving.voice import Voice
 
@@ -43,7 +44,7 @@ class Ticket:
     """A request's claim to its tenant. `error` is set where it cannot be loaded."""
 
     tenant: Tenant
-    error: BayouError | None = None
+    error: Refused | None = None
     state: str = "waiting"  # then "holding", "over"
 
     @property

@@ -1,0 +1,1 @@
+"""`bayou bench ...`: what README claims, measured on this machine."""

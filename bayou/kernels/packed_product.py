@@ -1,0 +1,153 @@
+"""The product of rows of many tenants with their packed deltas.
+
+For the rows x_s (n, in) of segment s, which belong to the delta in slot d(s), and each projection p that shares x:
+
+    y_p[rows of s] += gain * output_scale * (sum over blocks of (x_s * input_scale) @ v.T @ u.T)        LowRank
+    y_p[rows of s] += gain * output_scale * ((x_s * input_scale) @ weight.T)                            Dense
+
+with u, v and weight as they are stored. Two launches serve all LowRank terms of all projections: *shrink* writes
+t = x @ v.T in fp32, *expand* adds t @ u.T; Dense terms take one more. Every program owns its outputs, so there are no
+atomics and sums come in a fixed order: where shrink needs more programs than there are blocks of ranks, it cuts the
+columns in SPLIT parts, each with a t of its own, and expand adds them as it reads.
+
+How codes become numbers. A tile of a plane of width w is read as 16-bit words; code k of word j is column j*(16/w) + k.
+So the k-th codes of all words are a matrix, which multiplies every (16/w)-th element of x: x is gathered, the codes
+stay where they are. Two words lie in a register. With a code at bits 1 + i*w of a word,
+
+    (word & mask) | 0x4300        is the bf16 number 128 + 2 * 2^(i*w) * code
+    minus 128 + 2 * 2^(i*w) * z   is 2 * 2^(i*w) * (code - z), exactly: 2z is a whole number, of at most 8 bits
+
+One mask-and-or and one packed bf16 addition make two weights; a shift serves several i. The power of two is taken out
+of x, the scale is applied to the product of a group, in fp32. What multiplies x is thus exact; t and inputs of more
+bits than bf16 are cut into two bf16 parts, which take two columns of the tensor core's tile that would be idle.
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayou.kernels import use_triton
+from bayou.kernels.table import BLOCK, FIELDS, PROJECTIONS, Table
+from bayou.kernels.tuning import Choice, choice
+
+
+def packed_product(
+    table: Table, x: Tensor, offsets: Tensor, slots: Tensor, outs: Sequence[Tensor], *, most: int, scratch: Tensor
+) -> None:
+    """Add each row's delta's product to `outs`, in place: no allocation, no synchronisation, so it can be captured.
+
+    Args:
+        table: the deltas. What is in its slots may change between replays of a CUDA graph.
+        x: (rows, in) bf16, fp16 or fp32; the last axis contiguous.
+        offsets: (S + 1,) int32 on the device: segment s is the rows offsets[s]:offsets[s + 1], which may be none.
+        slots: (S,) int32 on the device: the segment's slot of `table`, or -1 for rows of the base itself.
+        outs: for each projection of the table (rows, out), any float dtype; the last axis contiguous.
+        most: no segment has more rows than this. A segment's further rows would be left out.
+        scratch: from `table.scratch(rows)`, for as many rows or more.
+    """
+    (_triton if use_triton(x) else reference)(table, x, offsets, slots, outs, most=most, scratch=scratch)
+
+
+def reference(
+    table: Table, x: Tensor, offsets: Tensor, slots: Tensor, outs: Sequence[Tensor], *, most: int, scratch: Tensor
+) -> None:
+    """The formula in plain torch and fp32."""
+    bounds = offsets.tolist()
+    for segment, slot in enumerate(slots.tolist()):
+        rows = slice(bounds[segment], bounds[segment + 1])
+        if slot < 0 or rows.start >= rows.stop:
+            continue
+        given = x[rows].float()
+        for out, terms in zip(outs, table.terms[slot], strict=True):
+            for term in terms:
+                out[rows] = (out[rows].float() + term_product(term, given)).to(out.dtype)
+
+
+def term_product(term: Any, x: Tensor) -> Tensor:
+    """x (..., in) fp32 -> x @ term.T (..., out) fp32 for a LowRank or Dense of delta.py."""
+    if term.input_scale is not None:
+        x = x * term.input_scale.float()
+    if hasattr(term, "blocks"):
+        y = sum((x @ v.unpack().T) @ u.unpack().T for u, v in term.blocks)
+    else:
+        y = x @ term.weight.unpack().T
+    return y * term.gain if term.output_scale is None else y * term.gain * term.output_scale.float()
+
+
+def _triton(
+    table: Table, x: Tensor, offsets: Tensor, slots: Tensor, outs: Sequence[Tensor], *, most: int, scratch: Tensor
+) -> None:
+    for stage in table.stages:
+        launch(stage, table, x, offsets, slots, outs, most=most, scratch=scratch)
+
+
+def launch(
+    stage: str,
+    table: Table,
+    x: Tensor,
+    offsets: Tensor,
+    slots: Tensor,
+    outs: Sequence[Tensor],
+    *,
+    most: int,
+    scratch: Tensor,
+    chosen: tuple[Choice, Choice] | None = None,
+) -> int:
+    """One launch, "shrink", "expand" or "dense"; returns the number of programs. chosen: tiles of shrink, of others."""
+    import triton.language as tl
+
+    from bayou.kernels import packed_loops
+
+    segments = slots.shape[0]
+    shrink, rest = chosen or choice(table.key, segments, most)
+    mine = shrink if stage == "shrink" else rest
+    parts = 2 if stage == "expand" or x.dtype != torch.bfloat16 or table.scaled else 1
+    # More columns of the tensor core's tile than 32 would not fit registers and shared memory.
+    rows = max(8 // parts, min(32 // parts, 1 << (most - 1).bit_length()))
+    row_tiles = -(-most // rows)
+    if stage == "shrink":
+        tiles = [table.lists[stage][0].shape[1] * (BLOCK // mine.tile)]
+    else:
+        tiles = [-(-out // mine.tile) for out, _ in table.shapes]
+    ends = [sum(tiles[: i + 1]) for i in range(len(tiles))] + [sum(tiles)] * (PROJECTIONS - len(tiles))
+    source, target = (scratch, list(outs)) if stage == "expand" else (x, list(outs))
+    target = [scratch[0]] if stage == "shrink" else target
+    target += target[-1:] * (PROJECTIONS - len(target))
+    records, bounds = table.lists[stage]
+    split = min(shrink.split, scratch.shape[0])
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    grid = (ends[-1], segments * row_tiles, split if stage == "shrink" else 1)
+    packed_loops.product[grid](
+        records,
+        bounds,
+        records.shape[1],
+        source,
+        source.stride(-2),
+        scratch.stride(0),
+        *target,
+        *(out.stride(0) for out in target),
+        *ends[: PROJECTIONS - 1],
+        offsets,
+        slots,
+        row_tiles,
+        len(table.shapes),
+        SHRINK=stage == "shrink",
+        FIELDS=FIELDS,
+        M=mine.tile,
+        MOST=BLOCK,
+        ROWS=rows,
+        PARTS=parts,
+        SLICES=split if stage == "expand" else 1,
+        SPLIT=split if stage == "shrink" else 1,
+        SCALED=table.scaled and stage != "expand",
+        STAGES=mine.stages,
+        VARIANTS=table.variants[stage],
+        ASM=not interpreted and torch.version.hip is None,
+        DOT=tl.float32 if interpreted else tl.bfloat16,  # the interpreter would multiply the bits of bf16 numbers
+        num_warps=mine.warps,
+        **({} if torch.version.hip else {"maxnreg": mine.registers}),
+    )
+    return grid[0] * grid[1] * grid[2]

@@ -1,0 +1,304 @@
+"""Where the packed deltas of a group of tenants lie: a table on the device that packed_product.py's kernels read.
+
+A table serves the projections that share an input (q, k and v; gate and up), and has a slot for each tenant. What a
+kernel has to know of a block of a tenant's delta is a *record* of 64-bit numbers: pointers, shape, bits, groups. Giving
+a slot to another tenant is one small copy into memory that stays where it is, so a CUDA graph goes on to work.
+
+`Table.write` does not copy the deltas: their tensors stay where they are, and are kept alive. Blocks of 128 ranks that
+lie at equal distances, as those of one site do in the file, make one record, which is read without a stop.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bayou.errors import BadInput
+from bayou.packed import PLANES, Packed
+
+BLOCK = 128
+"""Ranks of a record of v at most: a larger block is several records."""
+
+FIELDS = 32
+"""64-bit numbers of a record; see `_record`."""
+
+PROJECTIONS = 4
+"""Projections that may share an input."""
+
+SLICES = 8
+"""Parts at most that shrink cuts the columns into."""
+
+FLOAT_KINDS = {"f16": 3, "bf16": 4, "f32": 5}
+
+VARIANTS = {
+    # (width, which plane it is: the only one, the first of several, a later one; how its tiles lie): the kernel's loop
+    (2, "only", "whole"): 1,
+    (2, "only", "run"): 2,
+    (2, "first", "whole"): 3,
+    (1, "later", "halves"): 4,
+    (8, "only", "whole"): 5,
+    (1, "only", "whole"): 6,
+    (1, "only", "halves"): 7,
+    (4, "only", "whole"): 8,
+    (4, "only", "run"): 9,
+}
+PLAIN = {1: 10, 2: 11, 4: 12, 8: 13}
+"""Loops for planes that need masks, by width. The last two are for other groups and for floats."""
+CODES, FLOATS = 14, 15
+
+Terms = Sequence[Any]
+"""LowRank and Dense of delta.py, which imports this package."""
+
+
+class Table:
+    """Slots for the deltas of tenants, each a tuple of terms a projection.
+
+    Args:
+        shapes: (out, in) of each projection; all have one `in`. Four at most.
+        slots: tenants that it can hold.
+        like: deltas, (terms of each projection) a tenant, as large as any that will be written.
+        device: where it lies, as all deltas must.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, int]],
+        slots: int,
+        like: Sequence[Sequence[Terms]],
+        device: torch.device | str = "cuda",
+    ) -> None:
+        if not 1 <= len(shapes) <= PROJECTIONS or len({cols for _, cols in shapes}) != 1:
+            raise BadInput(f"projections {list(shapes)}: 1 to {PROJECTIONS} that share an input are expected")
+        self.shapes = tuple(shapes)
+        self.device = torch.device(device)
+        self.terms: list[Sequence[Terms]] = [[()] * len(shapes)] * slots
+        self._kept: list[Any] = [None] * slots
+        self.variants = dict.fromkeys(("shrink", "expand", "dense"), 0)
+        """The loops that each launch needs, as bits: VARIANTS, PLAIN, CODES and FLOATS."""
+        self.scaled = False
+        drafts = [self._draft(deltas) for deltas in like]
+        self.ranks = max((draft.ranks for draft in drafts), default=0)
+        self.lists = {}
+        for stage in ("shrink", "expand", "dense"):
+            most = max((len(draft.records[stage]) for draft in drafts), default=0)
+            self.lists[stage] = (
+                torch.zeros(slots, most, FIELDS, dtype=torch.int64, device=self.device),
+                torch.zeros(slots, len(shapes) + 1, dtype=torch.int32, device=self.device),
+            )
+        for draft in drafts:
+            self._allow(draft)
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The launches that a product takes."""
+        return tuple(stage for stage, (records, _) in self.lists.items() if records.shape[1])
+
+    @property
+    def key(self) -> str:
+        """What a choice of tiles depends on, but for the number of rows."""
+        shapes = "+".join(str(out) for out, _ in self.shapes)
+        variants = "-".join(f"{bits:x}" for bits in self.variants.values())
+        return f"{shapes}x{self.shapes[0][1]} ranks {self.ranks} loops {variants}"
+
+    def scratch(self, rows: int) -> Tensor:
+        """Memory that a product of `rows` rows in all needs: SLICES (1 for many rows) times (rows, ranks) fp32."""
+        return torch.empty(SLICES if rows <= 256 else 1, rows, max(1, self.ranks), device=self.device)
+
+    def write(self, slot: int, deltas: Sequence[Terms]) -> bool:
+        """Give `slot` to a tenant: the terms of each projection, none at all for a base's own.
+
+        Returns whether CUDA graphs must be captured anew, which is when these deltas use number formats that none of
+        `like` and of those written before did. Raises BadInput if they are larger than `like` or lie elsewhere.
+        """
+        draft = self._draft(deltas)
+        if draft.ranks > self.ranks or any(len(draft.records[s]) > r.shape[1] for s, (r, _) in self.lists.items()):
+            raise BadInput(f"the deltas for slot {slot} have more ranks or blocks than the table was made for")
+        for stage, (records, bounds) in self.lists.items():
+            found = torch.zeros(records.shape[1:], dtype=torch.int64)
+            if draft.records[stage]:
+                found[: len(draft.records[stage])] = torch.tensor(draft.records[stage], dtype=torch.int64)
+            records[slot].copy_(found)
+            bounds[slot].copy_(torch.tensor(draft.bounds[stage], dtype=torch.int32))
+        self.terms[slot], self._kept[slot] = deltas, draft.kept
+        return self._allow(draft)
+
+    def clear(self, slot: int) -> None:
+        """Make `slot` add nothing, and let its deltas go."""
+        self.write(slot, [()] * len(self.shapes))
+
+    def _allow(self, draft: "_Draft") -> bool:
+        before = dict(self.variants), self.scaled
+        for stage, variants in draft.variants.items():
+            self.variants[stage] |= variants
+        self.scaled |= draft.scaled
+        return before != (self.variants, self.scaled)
+
+    def _draft(self, deltas: Sequence[Terms]) -> "_Draft":
+        if len(deltas) != len(self.shapes):
+            raise BadInput(f"{len(deltas)} deltas were given for {len(self.shapes)} projections")
+        draft = _Draft(self.device)
+        for terms, shape in zip(deltas, self.shapes, strict=True):
+            for term in terms:
+                draft.add(term, shape)
+            draft.close()
+        return draft
+
+
+class _Draft:
+    """The records of one slot, as they are made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.records: dict[str, list[list[int]]] = {"shrink": [], "expand": [], "dense": []}
+        self.bounds = {stage: [0] for stage in self.records}
+        self.variants = dict.fromkeys(self.records, 0)
+        self.ranks = 0
+        self.scaled = False
+        self.kept: list[Any] = []
+
+    def close(self) -> None:
+        """A projection's terms are all there."""
+        for stage, records in self.records.items():
+            self.bounds[stage].append(len(records))
+
+    def add(self, term: Any, shape: tuple[int, int]) -> None:
+        """The records of one term."""
+        scale_in, scale_out = self._scale(term.input_scale), self._scale(term.output_scale)
+        self.scaled |= scale_in != 0
+        if not hasattr(term, "blocks"):
+            if term.weight.shape != shape:
+                raise BadInput(f"a term of shape {term.weight.shape} was given for a projection of {shape}")
+            record = self._record("dense", term.weight, gain=term.gain, scale_in=scale_in, scale_out=scale_out)
+            self.records["dense"].append(record)
+            return
+        for first, last in _runs([u for u, _ in term.blocks]):
+            u, v = term.blocks[first]
+            if (u.shape[0], v.shape[1]) != shape or u.shape[1] != v.shape[0]:
+                raise BadInput(f"a block of {u.shape} times {v.shape} was given for a projection of {shape}")
+            follower = term.blocks[first + 1][0] if last - first > 1 else None
+            record = self._record(
+                "expand", u, gain=term.gain, scale_out=scale_out, count=last - first, follower=follower
+            )
+            record[13] = self.ranks
+            self.records["expand"].append(record)
+            for _, part in term.blocks[first:last]:
+                for row in range(0, part.shape[0], BLOCK):
+                    record = self._record("shrink", part, scale_in=scale_in, start=row)
+                    record[14] = self.ranks + row
+                    self.records["shrink"].append(record)
+                self.ranks += part.shape[0]
+
+    def _scale(self, scale: Tensor | None) -> int:
+        if scale is None:
+            return 0
+        self.kept.append(scale.to(self.device, torch.float16).contiguous())
+        return int(self.kept[-1].data_ptr())
+
+    def _record(
+        self,
+        stage: str,
+        packed: Packed,
+        *,
+        gain: float = 1.0,
+        scale_in: int = 0,
+        scale_out: int = 0,
+        start: int | None = None,
+        count: int = 1,
+        follower: Packed | None = None,
+    ) -> list[int]:
+        """What the kernels know of a matrix, or of its BLOCK rows from `start` on, or of a run of `count` of its kind.
+
+        0-2 planes, or floats; 3 scales; 4-6 planes of zero points; 7 rows; 8 columns; 9 bits; 10 columns that share a
+        scale; 11 scales a row; 12 kind: 0 planes, 2 other codes, 3-5 floats; 13, 14 where its input and output begin;
+        15 columns that must stay together; 16 first zero point; 17 gain, the bits of an fp32; 18, 19 output and input
+        scales; 20-22 1 + log2 of each plane's width, or 0; 23-25 columns of each plane's tile; 26-28 its loop; 29-31
+        from one matrix of a run to the next: 16-bit words, scales, words of zero points.
+        """
+        if any(part.device != self.device or not part.is_contiguous() for part in packed.parts):
+            raise BadInput(f"deltas on {packed.parts[0].device} were given to a table on {self.device}")
+        spec, (rows, cols) = packed.spec, packed.shape
+        row = start or 0
+        record = [0] * FIELDS
+        record[7] = rows if start is None else min(rows - start, BLOCK)
+        record[8], record[9] = cols, spec.bits
+        record[10], record[11] = max(cols, 1), 1
+        record[17] = struct.unpack("<i", struct.pack("<f", gain))[0]
+        record[18], record[19] = scale_out, scale_in
+        if spec.floats:
+            record[0] = packed.parts[0].data_ptr() + row * cols * packed.parts[0].itemsize
+            record[12], record[15] = FLOAT_KINDS[spec.floats], 32
+            self.variants[stage] |= 1 << FLOATS
+            return record
+        widths = PLANES[spec.bits]
+        grouped = 0 < (spec.group or 0) < cols
+        groups = spec.groups(cols)
+        if grouped:
+            record[10], record[11] = int(spec.group or 0), groups
+        if groups:
+            scales = packed.parts[len(widths)]
+            record[3] = scales.data_ptr() + row * groups * scales.itemsize
+        for p, width in enumerate(widths):
+            record[20 + p] = width.bit_length()
+            record[p] = packed.parts[p].data_ptr() + row * packed.parts[p].shape[1] * 4
+            if spec.zeros:
+                record[4 + p] = packed.parts[len(widths) + 1 + p].data_ptr()
+        record[16] = row * groups
+        if grouped and record[10] % 16:
+            record[12], record[15] = 2, 32
+            self.variants[stage] |= 1 << CODES
+            return record
+        record[15] = record[10] if grouped else 256
+        for p, width in enumerate(widths):
+            place = "only" if len(widths) == 1 else "later" if p else "first"
+            step, lies = _tile(record, p, width, grouped)
+            if follower is not None:
+                lies = "run"
+            variant = VARIANTS.get((width, place, lies), PLAIN[width])
+            record[23 + p], record[26 + p] = step, variant
+            if lies == "halves":
+                record[15] = 256
+            self.variants[stage] |= 1 << variant
+        if follower is not None:
+            moves = [b.data_ptr() - a.data_ptr() for a, b in zip(packed.parts, follower.parts, strict=True)]
+            record[8], record[29] = cols * count, moves[0] // 2
+            record[30:32] = [moves[1] // 2 if groups else 0, moves[2] // 4 if spec.zeros else 0]
+        return record
+
+
+def _tile(record: list[int], p: int, width: int, grouped: bool) -> tuple[int, str]:
+    """Columns of a tile of plane `p` that share a scale, and how such tiles lie in memory."""
+    span = max(16, 8 * width) * (16 // width)
+    cols, group = record[8], record[10]
+    aligned = record[p] % 16 == 0 and -(-cols * width // 32) % 4 == 0 and cols % span == 0
+    if not grouped or group % span == 0:
+        return span, "whole" if aligned else "masked"
+    if width == 1 and group == span // 2 and aligned:
+        return span, "halves"
+    step = max(step for step in range(16, span + 1, 16) if group % step == 0)
+    return step, "masked"
+
+
+def _runs(blocks: Sequence[Packed]) -> list[tuple[int, int]]:
+    """Cuts blocks into runs (first, last) of 128 columns in one plane, that lie at equal distances on 16 bytes."""
+
+    def follows(a: Packed, b: Packed) -> list[int] | None:
+        group = a.spec.group
+        if a.spec != b.spec or a.shape != b.shape or a.shape[1] != 128 or a.spec.bits not in (2, 4):
+            return None
+        if group and group < 128 or a.parts[0].data_ptr() % 16:
+            return None
+        moves = [y.data_ptr() - x.data_ptr() for x, y in zip(a.parts, b.parts, strict=True)]
+        return moves if all(move % 16 == 0 for move in moves) else None
+
+    runs = []
+    first, step = 0, None
+    for i in range(1, len(blocks) + 1):
+        moves = follows(blocks[i - 1], blocks[i]) if i < len(blocks) else None
+        if moves is None or (step is not None and moves != step):
+            runs.append((first, i))
+            first, step = i, None
+        else:
+            step = moves
+    return runs
