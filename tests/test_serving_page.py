@@ -148,7 +148,7 @@ def test_it_lists_the_models(browser: Browser, running: Running, made: tuple) ->
     assert (
         facts["lowrank"][0] == f"{held:,} bytes" and f"{100 * held / weights:.2g} % of the base" in facts["lowrank"][1]
     )
-    assert re.search(r"error relative to the delta 0\.\d+, at most 0\.\d+", facts["lowrank"][1])
+    assert re.search(r"relative error of the delta 0\.\d+, at most 0\.\d+", facts["lowrank"][1])
     browser.click("#filter")
     browser.type("LOW")
     assert browser.text("#models").splitlines()[0] == "lowrank" and "dense" not in browser.text("#models")
