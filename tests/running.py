@@ -45,7 +45,7 @@ def text_of(running: Running, model: PreTrainedModel, prompt: str, count: int = 
 
 def quiet(running: Running) -> None:
     """Wait until nothing runs: whoever left has been let go of."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while running.engine.load_now["running"] or running.engine.load_now["waiting"]:
         assert time.monotonic() < deadline, "answers of clients that left go on"
         time.sleep(0.01)

@@ -95,7 +95,7 @@ class Asked:
         if piece.last:
             self._done.set()
 
-    def wait(self, seconds: float = 60) -> Heard:
+    def wait(self, seconds: float = 180) -> Heard:
         """What was heard, to the end."""
         assert self._done.wait(seconds), "no answer came to an end"
         tokens = [chosen.token for piece in self.pieces for chosen in piece.chosen]

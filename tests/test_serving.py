@@ -13,6 +13,7 @@ from tenants import Asked, alone, gap, greedy, prompts
 from transformers import PreTrainedModel
 
 from bayou.errors import Unsupported
+from bayou.serving import slots
 from bayou.serving.engine import Engine, Settings
 from bayou.serving.refusals import Refused
 from bayou.serving.sampling import Sampling
@@ -265,6 +266,27 @@ def test_a_failing_tenant_fails_alone(engine: Engine, references: dict, monkeypa
             assert isinstance(heard.refused, Refused) and heard.refused.status == 422
         else:
             assert heard.tokens == greedy(references[name], prompt, 12)
+
+
+def test_slots_that_memory_ran_out_for_can_grow_later(made: tuple, references: dict, monkeypatch) -> None:
+    monkeypatch.setattr("bayou.serving.slots._FIRST", 48)
+    engine = Engine(made[0], "base", Settings(batch=2))
+    try:
+        real, calls = slots._longer, []
+
+        def short(old: torch.Tensor, length: int) -> torch.Tensor:
+            calls.append(length)
+            if len(calls) == 3:  # the second layer's keys
+                raise torch.OutOfMemoryError("none left")
+            return real(old, length)
+
+        monkeypatch.setattr("bayou.serving.slots._longer", short)
+        wish = Sampling(60, ignore_eos=True)
+        refused = Asked(engine, "base", [5, 6], wish).wait().refused
+        assert isinstance(refused, Refused) and (refused.status, refused.code) == (503, "out_of_memory")
+        assert Asked(engine, "base", [5, 6], wish).wait().tokens == greedy(references["base"], [5, 6], 60)
+    finally:
+        engine.close()
 
 
 def test_an_ended_engine_refuses(made: tuple) -> None:

@@ -153,7 +153,7 @@ class Engine:
             found = []
             for choice, hear in enumerate(hearers):
                 row = Row(sampling, sampling.draws(choice))
-                speech = Speech(tenant.voice, sampling.stop)
+                speech = Speech(tenant.voice, sampling.stop, sampling.late)
                 ticket = self.bank.ticket(tenant)
                 found.append(Answer(list(prompt), row, hear, ticket, speech, len(prompt)))
             self._waiting.extend(found)
@@ -298,11 +298,9 @@ class Engine:
                 for tenant in tenants:
                     self._step([item for item in work if item[0].tenant is tenant], decode)
                 return
-            message = str(error) if isinstance(error, BayouError) else f"{type(error).__name__}: {error!s:.300}"
+            refused = _failure(error)
             for answer, _ in work:
-                self._finish(
-                    answer, Piece(refused=Refused(f"the model failed to answer: {message}", 422, "model_failed"))
-                )
+                self._finish(answer, Piece(refused=refused))
             return
         for (answer, count), found in zip(work, chosen, strict=True):
             answer.done += count
@@ -328,3 +326,10 @@ class Engine:
             self._finish(answer, Piece(text, (found,), "stop" if answer.speech.stopped else "length"))
         else:
             answer.hear(Piece(text, (found,)))
+
+
+def _failure(error: Exception) -> Refused:
+    if isinstance(error, torch.OutOfMemoryError):
+        return Refused("the device has no memory left for this answer; ask for fewer tokens", 503, "out_of_memory")
+    message = str(error) if isinstance(error, BayouError) else f"{type(error).__name__}: {error!s:.300}"
+    return Refused(f"the model failed to answer: {message}", 422, "model_failed")

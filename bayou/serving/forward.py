@@ -75,6 +75,7 @@ class Runner:
     ) -> None:
         checkpoint = Checkpoint(folder)
         self.device = torch.device(device)
+        self.rounding = self.device.type == "cuda"
         self.base = skeleton.build(folder)
         places = skeleton.places(self.base, checkpoint.names())
         skeleton.fill(self.base, "", places, checkpoint.read, dtype=dtype, device=self.device)
@@ -122,7 +123,7 @@ class Runner:
         order = sorted(range(len(parts)), key=lambda i: parts[i].line)
         sorted_parts = [parts[i] for i in order]
         filled = 0
-        if decode and self.device.type == "cuda":
+        if decode and self.rounding:
             filled = (1 << (len(parts) - 1).bit_length()) - len(parts)
             sorted_parts = [_FILLER] * filled + sorted_parts
         ids: list[int] = []
@@ -164,7 +165,7 @@ class Runner:
             return kv.Places(table[2], table[1], spans=tuple(spans))
         used = max(slot for _, _, slot, _ in spans) + 1
         reach = max(first for _, _, _, first in spans) + 1
-        if self.device.type == "cuda":
+        if self.rounding:
             used = min(1 << (used - 1).bit_length(), self.slots.count)
             reach = min(-(-reach // _REACH) * _REACH, self.slots.length)
         by_slot, filled = [0] * used, [1] * used

@@ -80,6 +80,7 @@ class Wishes(BaseModel):
             stop=tuple(stop for stop in stops if stop),
             logprobs=self.wanted_logprobs(),
             ignore_eos=self.ignore_eos,
+            late=not self.stream,
         )
 
     def most_tokens(self) -> int | None:

@@ -18,7 +18,8 @@ class Sampling:
     """How a request wants its tokens.
 
     temperature: 0 is greedy. top_k: 0 is all. top_p: share of the probability that is kept. seed: None draws one.
-    logprobs: most likely tokens to report for each position, None for no log-probabilities at all.
+    logprobs: most likely tokens to report for each position, None for no log-probabilities at all. late: the text
+    is wanted at the end only.
     """
 
     max_tokens: int = 16
@@ -29,6 +30,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    late: bool = False
 
     def draws(self, choice: int) -> random.Random:
         """The random numbers of the request's answer number `choice`."""

@@ -59,16 +59,14 @@ class Slots:
         """Make room for sequences of so many positions; whether memory had to move (a captured graph is void then)."""
         if positions <= self.length:
             return False
-        while self.length < positions:
-            self.length = min(2 * self.length, self.most)
+        length = self.length
+        while length < positions:
+            length = min(2 * length, self.most)
         for layer, pair in self.layers.items():
-            self.layers[layer] = (self._longer(pair[0]), self._longer(pair[1]))
+            if pair[0].shape[1] < length:  # where memory ran out half way, the next try goes on from there
+                self.layers[layer] = (_longer(pair[0], length), _longer(pair[1], length))
+        self.length = length
         return True
-
-    def _longer(self, old: Tensor) -> Tensor:
-        new = old.new_zeros(old.shape[0], self.length, *old.shape[2:])
-        new[:, : old.shape[1]] = old
-        return new
 
     def attend(
         self,
@@ -141,6 +139,12 @@ class Slots:
             softcap,
         )
         return found.reshape(slots, -1, values.shape[-1])[places.slot]
+
+
+def _longer(old: Tensor, length: int) -> Tensor:
+    new = old.new_zeros(old.shape[0], length, *old.shape[2:])
+    new[:, : old.shape[1]] = old
+    return new
 
 
 def _causal(places: Places, first: int, past: int, window: int | None) -> Tensor:

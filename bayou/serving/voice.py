@@ -82,10 +82,14 @@ class Voice:
 
 
 class Speech:
-    """An answer's text as its tokens come: whole characters only, and nothing that may become a stop string."""
+    """An answer's text as its tokens come: whole characters only, and nothing that may become a stop string.
 
-    def __init__(self, voice: Voice, stops: Sequence[str]) -> None:
+    late: all of it comes at the end, in one; possible where there are no stop strings, and less work a step.
+    """
+
+    def __init__(self, voice: Voice, stops: Sequence[str], late: bool = False) -> None:
         self._voice, self._stops = voice, [stop for stop in stops if stop]
+        self._late = late and not self._stops
         self._ids: list[int] = []
         self._start = self._read = 0  # tokens before _read are in _text; those from _start on are decoded with new ones
         self._text = ""
@@ -95,6 +99,8 @@ class Speech:
     def add(self, token: int) -> str:
         """The text that is new and certain after one more token. `stopped` tells that a stop string was reached."""
         self._ids.append(token)
+        if self._late:
+            return ""
         known = self._voice.decode(self._ids[self._start : self._read])
         now = self._voice.decode(self._ids[self._start :])
         if len(now) > len(known) and not now.endswith(_CUT):
