@@ -182,8 +182,8 @@ def test_two_answers_stream_side_by_side_and_are_the_apis_own(browser: Browser, 
         assert browser.run(f"document.querySelector({json.dumps(part(name, '.bytes'))}).title") == f"{size:,} bytes"
         assert browser.text(part(name, ".tokens")) == "40"
         assert re.fullmatch(r"\d+\.\d\d s", browser.text(part(name, ".first")))
-        # 0.02 s a token of each at least, and both share the steps
-        assert 1 < float(browser.text(part(name, ".rate"))) < 50
+        # both share steps of 0.04 s at least; a browser with other work to do hears of some together
+        assert 0.1 < float(browser.text(part(name, ".rate"))) < 100
         assert browser.run(f"document.querySelector({json.dumps(part(name, '.text'))}).ariaBusy") == "false"
     turns = browser.run("window.turns")
     changes = sum(a != b for a, b in zip(turns, turns[1:], strict=False))
