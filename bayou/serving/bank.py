@@ -67,6 +67,7 @@ class Bank:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._checkpoint = CheckedOnce(folder)
+        self.base_bytes = self._checkpoint.nbytes  # on disk
         self._config = self._checkpoint.config
         self._model, self._router, self._changed = model, router, changed
         self.device = model.get_input_embeddings().weight.device

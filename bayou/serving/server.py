@@ -9,12 +9,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bayou.errors import BayouError
+from bayou.serving import page
 from bayou.serving.answers import Conversation, Gone, error_body
 from bayou.serving.engine import Engine
 from bayou.serving.metrics import Metrics
@@ -73,7 +74,8 @@ def _error(refused: Refused) -> JSONResponse:
 def _described(tenant: Tenant, engine: Engine) -> dict[str, Any]:
     base = engine.bank.base
     found = {"id": tenant.name, "object": "model", "created": tenant.created, "owned_by": "bayou"}
-    found |= {"parent": None, "root": base.name, "max_model_len": engine.length, "bytes": engine.model.nbytes}
+    found |= {"parent": None, "root": base.name, "max_model_len": engine.length, "bytes": engine.bank.base_bytes}
+    found |= {"chat": tenant.voice.chats}
     if tenant.file is not None:
         found |= {"parent": base.name, "root": tenant.root, "bytes": tenant.file.nbytes, "fidelity": tenant.fidelity}
         found |= {"loaded": tenant.on_device is not None}
@@ -164,7 +166,7 @@ def application(engine: Engine, roster: Roster, *, key: str | None = None, body:
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """The base and its deltas: `parent`, bytes of the file, relative errors of the deltas."""
+        """The base and its deltas: `parent`, bytes on disk, relative errors, whether there is a chat template."""
         names = [engine.bank.base.name, *engine.bank.names()]
         found = [tenant for name in names if (tenant := engine.bank.find(name)) is not None]
         return {"object": "list", "data": [_described(tenant, engine) for tenant in found]}
@@ -185,6 +187,11 @@ def application(engine: Engine, roster: Roster, *, key: str | None = None, body:
         """Serve a delta no longer; answers in the making go on."""
         await run_in_threadpool(roster.unload, wanted.lora_name)
         return PlainTextResponse(f"Success: LoRA adapter '{wanted.lora_name}' removed successfully.")
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        """A page that asks several models at once, itself without a key: it has a field for one."""
+        return HTMLResponse(page.TEXT, headers=page.HEADERS)
 
     @app.get("/health")
     async def health() -> Response:

@@ -44,6 +44,11 @@ class Voice:
     top_k: int | None = None
     max_tokens: int | None = None
 
+    @property
+    def chats(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(self.tokenizer.inner.chat_template)
+
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, those that the tokenizer sets before every text among them."""
         return self._tokens(text, special=True)
@@ -57,7 +62,7 @@ class Voice:
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Tokens of a conversation through the tenant's own chat template. Raises Refused where it has none."""
-        if not self.tokenizer.inner.chat_template:
+        if not self.chats:
             raise Refused("this model has no chat template; use /v1/completions", code="no_chat_template")
         try:  # without the lock, which whoever speaks needs: a template may take long
             text = self.tokenizer.inner.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
