@@ -3,7 +3,7 @@
     python bench/sharing.py tokenise --base BASE --testbed PATH/testbed.py --out tokens.npy
     python bench/sharing.py run --base BASE --testbed PATH/testbed.py --tokens tokens.npy --set tune12 main12 \\
         --device cuda --out bench/results --work WORK --seconds 500
-    python bench/sharing.py table --out bench/results --set main12
+    python bench/sharing.py table --out bench/results --set main12   (bench/sharing_all.sh does all of them)
     python bench/sharing.py plot --out bench/results --set pmr
     python bench/sharing.py paired --out bench/results --set main12 --pair deltallm shortgpt
 
