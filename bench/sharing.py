@@ -152,8 +152,15 @@ class Bench:
         groups += [trained[i : i + a.together] for i in range(0, len(trained), a.together)]
         for group in groups:
             done = {r["name"] for r in lines(self.results(which))}
+            if not self.checkpoint(which, group).exists():  # else all are trained, and some scored already
+                group = [run for run in group if run["name"] not in done]
             if not all(run["name"] in done for run in group):
                 self.group(which, group, done)
+
+    def checkpoint(self, which: str, group: list[Run]) -> Path:
+        """Where the training of a group lies."""
+        key = hashlib.sha256(json.dumps([which, group]).encode()).hexdigest()[:16]
+        return Path(self.arguments.work) / f"{which}-{key}.checkpoint"
 
     def affordable(self, which: str) -> int:
         """The tokens a run with which a set takes --spend seconds, at the throughput that this process has seen."""
@@ -193,7 +200,6 @@ class Bench:
             return None
         a = self.arguments
         recipe = Recipe(alpha=a.alpha, batch=a.batch, micro=a.micro, chunk=a.chunk, every=a.every, compile=a.compile)
-        key = hashlib.sha256(json.dumps([which, group]).encode()).hexdigest()[:16]
         last, before = time.monotonic(), -1
 
         def progress(now: Progress) -> None:
@@ -210,7 +216,6 @@ class Bench:
                 rate = seen * len(pupils) / max(now.seconds, 1e-9)
                 self.say(f"step {now.step}/{now.steps}, {rate:,.0f} student tokens/s, loss (replaced): {losses}")
 
-        path = Path(a.work) / f"{which}-{key}.checkpoint"
         try:
             fitted = fit(
                 pupils,
@@ -218,7 +223,7 @@ class Bench:
                 self.windows,
                 recipe,
                 tokens=group[0]["tokens"],
-                checkpoint=path,
+                checkpoint=self.checkpoint(which, group),
                 stop_after=self.left() - 15,
                 progress=progress,
             )

@@ -100,6 +100,16 @@ def test_from_text_to_table(
     pair = ["--pair", "shortgpt", "lastlayers"]
     assert call(bench, monkeypatch, "paired", "--out", tmp_path, "--set", "main24", *pair) == 0
     assert "winogrande nll: " in capsys.readouterr().out
+    kept = (tmp_path / "sharing-tune24.jsonl").read_text().splitlines()
+    (tmp_path / "sharing-tune24.jsonl").write_text("\n".join(kept[:-1]) + "\n")  # one run is missing: it is done alone
+    for checkpoint in (tmp_path / "work").glob("tune24-*.checkpoint"):
+        checkpoint.unlink()
+    capsys.readouterr()
+    assert call(bench, monkeypatch, "run", *words, "--set", "tune24") == 0
+    assert capsys.readouterr().out.count("parameters,") == 1
+    again = bench.lines(tmp_path / "sharing-tune24.jsonl")
+    assert [r["name"] for r in again] == [r["name"] for r in tuned]
+    assert again[-1]["held_out"]["loss"] == pytest.approx(tuned[-1]["held_out"]["loss"], rel=1e-4)
     hasty = [*common(ground, tmp_path / "hasty"), "--score-seconds", 0, "--spend", 1e-6]
     assert call(bench, monkeypatch, "run", *hasty, "--set", "tune24", "main24") == 0  # a step is the least
     assert [r["tokens"] for r in bench.lines(tmp_path / "hasty" / "sharing-main24.jsonl")] == [4 * 32] * 3
