@@ -181,10 +181,10 @@ def share(
     as_json: Json = False,
 ) -> None:
     """Write a model whose layers share other layers' matrices, as one small file that needs no base."""
-    from bayou.layouts import Dial, reduction
     from bayou.restore import parse_size
     from bayou.share import Training
     from bayou.share import share as run
+    from bayou.sharing.layouts import Dial, reduction
 
     chosen = _options(option) | ({} if bits is None else {"bits": bits})
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
@@ -325,12 +325,12 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.baselines.slicegpt import is_sliced
     from bayou.calibrate import read_tokenizer
     from bayou.checkpoint import resolve
     from bayou.evaluate import evaluate as run
     from bayou.evaluate import read_model, table
     from bayou.load import load
+    from bayou.sharing.baselines.slicegpt import is_sliced
 
     folder = resolve(finetuned)
     tokenizer = read_tokenizer(folder)

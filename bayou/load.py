@@ -6,9 +6,9 @@ import torch
 from transformers import PreTrainedModel
 
 from bayou.attach import load as load_file
-from bayou.baselines import slicegpt
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput
+from bayou.sharing.baselines import slicegpt
 
 
 def load(

@@ -4,7 +4,7 @@
     training, if asked for       recover.train, recover.train_rival
     the file                     sharedfile.write
 
-Methods other than `deltallm` are those of bayou.baselines.
+Methods other than `deltallm` are those of bayou.sharing.baselines.
 """
 
 import os
@@ -14,16 +14,16 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from bayou import baselines, preflight, tune
-from bayou.baselines import slicegpt
+from bayou import preflight
 from bayou.checkpoint import Checkpoint
-from bayou.draft import DEFAULT, Draft, draw_up
 from bayou.errors import BadInput
-from bayou.layouts import Dial
-from bayou.original import Original, Progress
-from bayou.recover import OWN, Training, forget, train, train_rival
-from bayou.sharedfile import Report, calibrates, check, write
-from bayou.sharing import Shared
+from bayou.sharing import Shared, baselines, tune
+from bayou.sharing.baselines import slicegpt
+from bayou.sharing.draft import DEFAULT, Draft, draw_up
+from bayou.sharing.layouts import Dial
+from bayou.sharing.original import Original, Progress
+from bayou.sharing.recover import OWN, Training, forget, train, train_rival
+from bayou.sharing.sharedfile import Report, calibrates, check, write
 
 __all__ = ["Draft", "Training", "dense", "draw_up", "methods", "own_gpu", "share", "train"]
 
@@ -39,7 +39,7 @@ def own_gpu(device: str) -> str:
 
 
 def methods() -> list[str]:
-    """The words of --method: our own, the control that shares nothing, and the rivals of bayou.baselines."""
+    """The words of --method: our own, the control that shares nothing, and the rivals of bayou.sharing.baselines."""
     return [OWN, DENSE, *baselines.METHODS]
 
 

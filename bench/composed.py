@@ -24,10 +24,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import bayou
-from bayou.baselines.baseline import load, save_plain
 from bayou.calibrate import read_tokenizer
 from bayou.evaluate import read_model
-from bayou.sharedfile import write
+from bayou.sharing.baselines.baseline import load, save_plain
+from bayou.sharing.sharedfile import write
 
 TASK = "intent"
 

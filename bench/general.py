@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bayou import objective
+from bayou.sharing import objective
 
 BENCHMARKS = ("arc_easy", "mmlu_redux", "winogrande")
 Pair = tuple[list[int], list[int]]

@@ -24,11 +24,11 @@ import transformers
 from torch import Tensor
 
 import bayou
-from bayou import calibrate, ties
-from bayou.original import Original
-from bayou.sharedfile import write
-from bayou.sharing import Shared, Tie
-from bayou.ties import Metric
+from bayou import calibrate
+from bayou.sharing import Shared, Tie, ties
+from bayou.sharing.original import Original
+from bayou.sharing.sharedfile import write
+from bayou.sharing.ties import Metric
 
 BLOCKS = (8, 12, 16, 20, 24)
 VARIANTS = ("untouched", "dropped", "tied, no delta", "svd", "whitened", "whitened+gain", "no-base", "als")

@@ -34,11 +34,11 @@ import transformers
 from sharing_runs import Maker, Run, Subject
 
 import bayou
-from bayou import objective
-from bayou.baselines.baseline import load
 from bayou.calibrate import read_tokenizer
 from bayou.errors import Diverged
-from bayou.train import Fitted, Progress, Recipe, fit, packed
+from bayou.sharing import objective
+from bayou.sharing.baselines.baseline import load
+from bayou.sharing.train import Fitted, Progress, Recipe, fit, packed
 
 HELD_OUT = 64
 """Windows, evenly spread over the text, that are not trained on: the rates are chosen by their loss."""

@@ -25,11 +25,11 @@ from torch import Tensor
 
 import bayou
 from bayou import calibrate
-from bayou.baselines.baseline import load
 from bayou.methods import Gram
-from bayou.original import Original, Progress, Visit
-from bayou.sharedfile import write
 from bayou.sharing import Shared
+from bayou.sharing.baselines.baseline import load
+from bayou.sharing.original import Original, Progress, Visit
+from bayou.sharing.sharedfile import write
 
 BANDS = "8x2,3x32,2"
 BITS = (8, 6, 5, 4, 3)

@@ -20,7 +20,7 @@ import torch
 from quality import machine
 
 import bayou
-from bayou.baselines.baseline import load
+from bayou.sharing.baselines.baseline import load
 
 
 def resident() -> int:

@@ -1,8 +1,8 @@
 """The runs of bench/sharing.py: what each set holds, and the student that a run trains.
 
-A run is a dict: name; method (deltallm; search: bayou.search's plan; plan: a Shared from a file; base; or one of
-bayou.baselines.METHODS); reduce, the share of parameters to remove; tokens and rate (peak learning rate) of the
-training, 0 tokens for none; and options:
+A run is a dict: name; method (deltallm; search: the plan of bayou.sharing.search; plan: a Shared from a file; base; or
+one of bayou.sharing.baselines.METHODS); reduce, the share of parameters to remove; tokens and rate (peak learning rate)
+of the training, 0 tokens for none; and options:
     init (zero, svd, whitened, whitened+gain, als, no-base), layout, kinds, blocks, rank, count
     pmr (bernoulli, blend or None), lora (rank of LoRA on the rest; 0 none), seed (of draws and random factors)
 """
@@ -20,13 +20,12 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import baselines, layouts, search, ties
-from bayou.baselines.baseline import count
 from bayou.checkpoint import atomic
-from bayou.original import Original
-from bayou.sharing import Shared, Tie
-from bayou.student import Replacement, apply, twin
-from bayou.train import Pupil
+from bayou.sharing import Shared, Tie, baselines, layouts, search, ties
+from bayou.sharing.baselines.baseline import count
+from bayou.sharing.original import Original
+from bayou.sharing.student import Replacement, apply, twin
+from bayou.sharing.train import Pupil
 
 Run = dict[str, Any]
 SIZES = {"12": 0.12, "24": 0.24}
@@ -302,7 +301,7 @@ class Maker:
         return self._original
 
     def _searched(self, run: Run) -> Shared:
-        """The plan that bayou.search finds for a reduction; kept in a file, for it takes minutes."""
+        """The plan that bayou.sharing.search finds for a reduction; kept in a file, for it takes minutes."""
         path = self.plans / f"searched-{run['kinds']}-{run['reduce']:g}.shared"
         if not path.exists():
             dial = layouts.Dial(kinds=run["kinds"], reduce=run["reduce"])

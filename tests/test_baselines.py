@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bayou
-from bayou import baselines, objective, sharedfile
-from bayou.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
-from bayou.baselines.baseline import Baseline, count, load, nearest
 from bayou.errors import BadInput, Unsupported
-from bayou.student import apply
-from bayou.train import Pupil, Recipe, fit
+from bayou.sharing import baselines, objective, sharedfile
+from bayou.sharing.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
+from bayou.sharing.baselines.baseline import Baseline, count, load, nearest
+from bayou.sharing.student import apply
+from bayou.sharing.train import Pupil, Recipe, fit
 
 WINDOWS = torch.randint(5, 100, (12, 32), generator=torch.Generator().manual_seed(0))
 LAYERS = 6

@@ -21,7 +21,7 @@ from bayou.cli import main
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, BayouError, DamagedFile, Unsupported, WrongBase
 from bayou.evaluate import evaluate, read_model
-from bayou.layouts import Dial
+from bayou.sharing.layouts import Dial
 
 ROOT = "base_model.model."
 IDS = torch.arange(5, 60)[None]

@@ -30,7 +30,6 @@ ORDER = (
         "methods",
         "plan",
         "allocate",
-        "sharing",
     ),
     *(
         "checkpoint",
@@ -46,21 +45,7 @@ ORDER = (
     ),
     *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
     *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
-    *("lora", "student", "objective", "train", "tune", "baselines", "load"),
-    *(
-        "layouts",
-        "original",
-        "removal",
-        "ties",
-        "sharedfile",
-        "search",
-        "draft",
-        "recover",
-        "share",
-        "integrations",
-        "benchmarks",
-        "cli",
-    ),
+    *("sharing", "load", "share", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 

@@ -6,8 +6,8 @@ import pico
 import pytest
 
 from bayou.errors import BadInput, Unsupported
-from bayou.layouts import Dial, SubLayer, arrange, reduction
-from bayou.original import Original
+from bayou.sharing.layouts import Dial, SubLayer, arrange, reduction
+from bayou.sharing.original import Original
 
 MLP = {"gate_proj.weight": (96, 64), "up_proj.weight": (96, 64), "down_proj.weight": (64, 96)}
 ATTENTION = {"q_proj.weight": (64, 64), "k_proj.weight": (32, 64), "v_proj.weight": (32, 64), "o_proj.weight": (64, 64)}

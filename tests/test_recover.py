@@ -16,14 +16,14 @@ import torch
 from test_share import FEW, agree
 
 import bayou
-from bayou import baselines, objective, recover, tune
 from bayou.cli import main
-from bayou.draft import Draft, draw_up
 from bayou.errors import BadInput, Diverged, JournalMismatch
 from bayou.evaluate import read_model
-from bayou.layouts import Dial
-from bayou.original import Original
-from bayou.recover import Training, train, train_rival
+from bayou.sharing import baselines, objective, recover, tune
+from bayou.sharing.draft import Draft, draw_up
+from bayou.sharing.layouts import Dial
+from bayou.sharing.original import Original
+from bayou.sharing.recover import Training, train, train_rival
 
 DIAL = Dial(blocks=(3,), rank=4)
 

@@ -10,16 +10,15 @@ from safetensors.torch import save_file
 from test_share import FEW, agree, tie
 
 from bayou import share as share_function
-from bayou import sharedfile
 from bayou.cli import main
 from bayou.deltafile import DeltaFile
-from bayou.draft import draw_up
 from bayou.errors import BadInput, TooSmall
-from bayou.layouts import Dial
-from bayou.original import Original
-from bayou.recover import Training
-from bayou.sharedfile import write
-from bayou.sharing import Shared
+from bayou.sharing import Shared, sharedfile
+from bayou.sharing.draft import draw_up
+from bayou.sharing.layouts import Dial
+from bayou.sharing.original import Original
+from bayou.sharing.recover import Training
+from bayou.sharing.sharedfile import write
 
 UP = "model.layers.{}.mlp.up_proj.weight"
 STORED: list[dict[str, Any]] = [

@@ -21,12 +21,12 @@ from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, JournalMismatch, Unsupported
-from bayou.layouts import Dial
-from bayou.original import Original
 from bayou.share import Draft, Training, dense, draw_up, methods, own_gpu, train
-from bayou.sharedfile import write
 from bayou.sharing import Shared, Tie
-from bayou.ties import INITIALISATIONS
+from bayou.sharing.layouts import Dial
+from bayou.sharing.original import Original
+from bayou.sharing.sharedfile import write
+from bayou.sharing.ties import INITIALISATIONS
 
 IDS = torch.randint(5, 100, (2, 24), generator=torch.Generator().manual_seed(0))
 FEW: dict[str, Any] = {"tokens": 2048, "length": 64}

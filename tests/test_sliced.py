@@ -12,11 +12,11 @@ from test_share import FEW, IDS, logits
 
 import bayou
 from bayou import share as share_function
-from bayou.baselines import slicegpt
 from bayou.cli import main
 from bayou.errors import BadFile, BadInput, Unsupported
-from bayou.layouts import Dial
-from bayou.recover import Training
+from bayou.sharing.baselines import slicegpt
+from bayou.sharing.layouts import Dial
+from bayou.sharing.recover import Training
 
 
 @pytest.fixture(scope="module")

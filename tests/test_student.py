@@ -12,7 +12,7 @@ from bayou import skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, Unsupported
 from bayou.sharing import Shared, Tie
-from bayou.student import Replacement, TiedLinear, apply, twin
+from bayou.sharing.student import Replacement, TiedLinear, apply, twin
 
 IDS = torch.randint(5, 100, (2, 24), generator=torch.Generator().manual_seed(0))
 KINDS = {

@@ -5,9 +5,8 @@ import torch
 from encoded import gram_of
 from torch import Tensor
 
-from bayou import ties
-from bayou.sharing import Tie
-from bayou.ties import Metric
+from bayou.sharing import Tie, ties
+from bayou.sharing.ties import Metric
 
 G = torch.Generator().manual_seed(0)
 BASE = torch.randn(24, 40, generator=G)

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bayou import objective, skeleton
+from bayou import skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch, Unsupported
-from bayou.sharing import Shared, Tie
-from bayou.student import Replacement, Student, apply, twin
-from bayou.train import Fitted, Progress, Pupil, Recipe, fit, packed
+from bayou.sharing import Shared, Tie, objective
+from bayou.sharing.student import Replacement, Student, apply, twin
+from bayou.sharing.train import Fitted, Progress, Pupil, Recipe, fit, packed
 
 WINDOWS = torch.randint(5, 100, (16, 16), generator=torch.Generator().manual_seed(0))
 RECIPE = Recipe(batch=4, every=5, alpha=0.5, warmup=0.1)

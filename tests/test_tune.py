@@ -5,9 +5,9 @@ import sys
 
 import pytest
 
-from bayou import tune
 from bayou.errors import BadInput, Diverged
-from bayou.tune import Range, Values
+from bayou.sharing import tune
+from bayou.sharing.tune import Range, Values
 
 RATE = {"rate": Range(1e-4, 1e-2, 2e-3, log=True)}
 

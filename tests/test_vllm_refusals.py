@@ -145,7 +145,7 @@ def test_a_file_that_changes_under_the_reader_is_refused(
 
 
 def test_a_whole_model_of_its_own_is_refused(folder: Path, shelf: Shelf, tmp_path: Path) -> None:
-    from bayou.layouts import Dial
+    from bayou.sharing.layouts import Dial
 
     model = pico.pico("llama_gqa", tmp_path / "model", num_hidden_layers=4)
     dial = Dial(layout="sequential", count=1, rank=4, keep_ends=1)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, Similarities, count, first, keep_layers, load, nearest, observe
+from bayou.sharing.baselines.baseline import Baseline, Similarities, count, first, keep_layers, load, nearest, observe
 
 
 def block_influence(model: PreTrainedModel, windows: Tensor, *, batch: int = 8) -> list[float]:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from bayou import sidecar, skeleton
-from bayou.baselines.baseline import Baseline, count
-from bayou.baselines.baseline import load as load_original
 from bayou.deltafile import SLICED
 from bayou.errors import BadInput, Unsupported, disk_error
+from bayou.sharing.baselines.baseline import Baseline, count
+from bayou.sharing.baselines.baseline import load as load_original
 
 MULTIPLE = 8
 

@@ -1,8 +1,8 @@
 """Train a smaller model after the one it was made of: `bayou share --train`, and the search for how.
 
-One loop (bayou.train) for shared models and rivals. With `search`, a few short trainings on a share of the tokens come
-first; their numbers are chosen by the loss on windows that they did not see, and what each came to is kept in a file
-beside the checkpoint, so that a run that was stopped goes on without doing them again.
+One loop (bayou.sharing.train) for shared models and rivals. With `search`, a few short trainings on a share of the
+tokens come first; their numbers are chosen by the loss on windows that they did not see, and what each came to is kept
+in a file beside the checkpoint, so that a run that was stopped goes on without doing them again.
 """
 
 import copy
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import objective, skeleton, student, tune
-from bayou import train as trainer
-from bayou.baselines.baseline import Baseline, load
+from bayou import skeleton
 from bayou.checkpoint import atomic
-from bayou.draft import Draft
 from bayou.errors import BadInput, Diverged, JournalMismatch
-from bayou.original import Original, Progress
-from bayou.sharing import Shared
-from bayou.student import Replacement
+from bayou.sharing import Shared, objective, student, tune
+from bayou.sharing import train as trainer
+from bayou.sharing.baselines.baseline import Baseline, load
+from bayou.sharing.draft import Draft
+from bayou.sharing.original import Original, Progress
+from bayou.sharing.student import Replacement
 
 OWN = "deltallm"
 RATE, WHOLE_RATE = 1e-3, 1e-4
@@ -40,7 +40,7 @@ HELD = 65_536
 
 @dataclass(frozen=True)
 class Training:
-    """How a smaller model is trained after its original (bayou.train); --train of the command.
+    """How a smaller model is trained after its original (bayou.sharing.train); --train of the command.
 
     text: a text or .jsonl file. tokens: to train on; the text is taken again where it runs out. batch: windows of
     `length` tokens a step; where the text fills fewer, all of them, which progress and report say. rate: peak of AdamW;

@@ -17,13 +17,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bayou import layouts, sharedfile, skeleton, ties
+from bayou import skeleton
 from bayou.errors import BadInput, BayouError, TooSmall
-from bayou.layouts import Dial, SubLayer
 from bayou.methods import Gram
-from bayou.original import Original, Progress
-from bayou.sharing import Shared, Tie
-from bayou.ties import Metric
+from bayou.sharing import Shared, Tie, layouts, sharedfile, ties
+from bayou.sharing.layouts import Dial, SubLayer
+from bayou.sharing.original import Original, Progress
+from bayou.sharing.ties import Metric
 
 PROBE = 4096
 """Tokens of the probe windows, at most a quarter of what there is."""

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, batches, count, keep_layers, load, nearest
 from bayou.errors import BadInput
-from bayou.student import twin
+from bayou.sharing.baselines.baseline import Baseline, batches, count, keep_layers, load, nearest
+from bayou.sharing.student import twin
 
 THRESHOLDS = tuple(round(0.99 - 0.03 * i, 2) for i in range(33))
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from bayou.errors import BadInput
-from bayou.original import Original
+from bayou.sharing.original import Original
 from bayou.sidecar import LAYER_COUNTS
 
 PER_LAYER = ("layer_types", "no_rope_layers", "attention_layers", "mlp_layer_types")

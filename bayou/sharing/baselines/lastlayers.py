@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, count, keep_layers, load, nearest
+from bayou.sharing.baselines.baseline import Baseline, count, keep_layers, load, nearest
 
 TUNED = 3
 """How many of the remaining layers are trained."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayou import clock, inventory, methods, preflight, removal, sidecar
+from bayou import clock, inventory, methods, preflight, sidecar
 from bayou.checkpoint import DTYPES
 from bayou.contents import Contents, Exact
 from bayou.decompose import Matrix
@@ -27,13 +27,13 @@ from bayou.deltafile import DeltaFile
 from bayou.entry import pack_terms
 from bayou.errors import BadInput
 from bayou.methods import Gram, Site, TermLayout, layout_of
-from bayou.original import Original, Progress
 from bayou.packed import Packed, Spec, moved
 from bayou.plan import SELF, SiteRecord
 from bayou.quantize import gptq, grid, spread
 from bayou.report import parameters
-from bayou.sharing import Shared, Tie
-from bayou.ties import Metric
+from bayou.sharing import Shared, Tie, removal
+from bayou.sharing.original import Original, Progress
+from bayou.sharing.ties import Metric
 
 QUANTISE = ("anchors", "linears", "all")
 GROUP = 128

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bayou import calibrate, layouts, preflight, skeleton
+from bayou import calibrate, preflight, skeleton
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.errors import BadInput
 from bayou.methods import Gram
+from bayou.sharing import layouts
 
 Progress = Callable[[str, int, int], None]
 Visit = Callable[[dict[str, Gram]], None]

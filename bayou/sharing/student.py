@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bayou import lora, skeleton
+from bayou import skeleton
 from bayou.errors import BadInput, Unsupported
-from bayou.sharing import Shared, Tie
+from bayou.sharing import Shared, Tie, lora
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from bayou import layouts, search, sharedfile, ties
 from bayou.errors import BadInput
-from bayou.layouts import Dial
-from bayou.original import Original, Progress
-from bayou.sharing import Shared, Tie
-from bayou.ties import Metric
+from bayou.sharing import Shared, Tie, layouts, search, sharedfile, ties
+from bayou.sharing.layouts import Dial
+from bayou.sharing.original import Original, Progress
+from bayou.sharing.ties import Metric
 
 DEFAULT = "whitened+gain"
 """How ties are made unless it is said."""

@@ -26,9 +26,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from bayou import objective
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch
+from bayou.sharing import objective
 
 RETURNS = 2
 """How often a student may go back to a checkpoint before it has failed."""

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bayou.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
-from bayou.baselines.baseline import Baseline
 from bayou.errors import BadInput
+from bayou.sharing.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
+from bayou.sharing.baselines.baseline import Baseline
 
 METHODS: dict[str, Callable[..., Baseline]] = {
     "shortgpt": shortgpt.share,

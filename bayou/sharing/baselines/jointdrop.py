@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou import skeleton
-from bayou.baselines.baseline import Baseline, Similarities, count, first, load, nearest, observe
 from bayou.errors import Unsupported
 from bayou.sharing import Shared
-from bayou.student import apply
+from bayou.sharing.baselines.baseline import Baseline, Similarities, count, first, load, nearest, observe
+from bayou.sharing.student import apply
 
 KINDS = ("self_attn", "mlp")
 _NORMS = {

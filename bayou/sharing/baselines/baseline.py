@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import lora, sidecar, skeleton
+from bayou import sidecar, skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, Unsupported, disk_error
-from bayou.sharing import Shared
-from bayou.student import twin
+from bayou.sharing import Shared, lora
+from bayou.sharing.student import twin
 
 LORA_RANK, LORA_ALPHA = 32, 10.0
 
@@ -108,7 +108,9 @@ class Baseline:
         Raises Unsupported for a model without a plain form (SliceGPT), BadInput where `out` exists.
         """
         if self.own:
-            raise Unsupported(f"{self.name} has no plain Hugging Face form; use bayou.baselines.slicegpt.save and load")
+            raise Unsupported(
+                f"{self.name} has no plain Hugging Face form; bayou.sharing.baselines.slicegpt has save and load"
+            )
         model = self.model
         if self.zeroed:
             model = twin(self.model)
