@@ -255,23 +255,22 @@ class Checkpoint:
         return hashlib.sha256(json.dumps([str(path), stat.st_size, stat.st_mtime_ns, stat.st_ino]).encode()).hexdigest()
 
 
-def _cache_file(key: str) -> Path:
-    root = os.environ.get("BAYOU_CACHE") or os.path.join(
-        os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayou"
-    )
-    return Path(root) / "fingerprints" / f"{key}.json"
+def cache_folder(room: str) -> Path:
+    """A folder of Bayou's cache: in BAYOU_CACHE, else in the user's cache folder."""
+    usual = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bayou")
+    return Path(os.environ.get("BAYOU_CACHE") or usual) / room
 
 
 def _cached(key: str) -> dict[str, str]:
     try:
-        found = json.loads(_cache_file(key).read_text())
+        found = json.loads((cache_folder("fingerprints") / f"{key}.json").read_text())
         return {name: value for name, value in found.items() if re.fullmatch(r"[0-9a-f]{64}", value)}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}  # a cache may be absent or unreadable; hashing again is always right
 
 
 def _cache(key: str, values: dict[str, str]) -> None:
-    path = _cache_file(key)
+    path = cache_folder("fingerprints") / f"{key}.json"
     temporary = path.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):  # a read-only home only costs the next run some hashing
         path.parent.mkdir(parents=True, exist_ok=True)
