@@ -7,6 +7,7 @@ process's resident set (on a GPU: the allocator) grew by. Speed: greedy decoding
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import statistics
@@ -24,7 +25,9 @@ from bayou.sharing.baselines.baseline import load
 
 
 def resident() -> int:
-    """Bytes of this process in memory."""
+    """Bytes of this process in memory, without what was freed and not given back."""
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
     fields = Path("/proc/self/statm").read_text().split()
     return int(fields[1]) * 4096
 
@@ -33,10 +36,8 @@ def one(source: Path, device: str, tokens: int) -> dict[str, Any]:
     """Load and decode once, in this process."""
     word = torch.bfloat16 if device.startswith("cuda") else torch.float32
     load_one(source, "cpu", word)  # what the first load of a process brings with it
-    gc.collect()
     before = torch.cuda.memory_allocated() if device.startswith("cuda") else resident()
     model = load_one(source, device, word)
-    gc.collect()
     grown = (torch.cuda.memory_allocated() if device.startswith("cuda") else resident()) - before
     tensors = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     ids = torch.arange(5, 37, device=device)[None]
