@@ -8,6 +8,7 @@ file.
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -255,6 +256,13 @@ class _Planner:
             self._swap(Place(path, None, "other", False, ()), value.to(self._get(path).device))
 
 
+def read_unplaced(file: DeltaFile, places: Mapping[str, Place]) -> None:
+    """Read, and so check, what the model has no use for: damage is refused wherever it is. Raises DamagedFile."""
+    for entry in (*file.sites, *file.exact):
+        if entry not in places and entry.rpartition("[")[0] not in places:
+            file.read_raw(entry)
+
+
 def load(
     base: str | Path | None,
     file: DeltaFile | str | Path,
@@ -286,9 +294,7 @@ def load(
     folder = None if checkpoint is None else checkpoint.folder
     model = skeleton.build(opened.fine_tune_config(folder))
     places = skeleton.places(model, opened.tensors())
-    for entry in (*opened.sites, *opened.exact):
-        if entry not in places and entry.rpartition("[")[0] not in places:
-            opened.read_raw(entry)  # the model has no use for it; damage is refused wherever it is
+    read_unplaced(opened, places)
     borrowed = Borrowed(model, places, opened, checkpoint)
     sources = _Sources(opened, checkpoint, borrowed)
     for name, place in places.items():

@@ -134,9 +134,11 @@ def test_loading_and_unloading(running: Running, http: httpx2.Client, made: tupl
     refused(http.post("/v1/completions", json={**asked, "model": "fresh"}), 404, "model_not_found")
     loaded = http.post("/v1/load_lora_adapter", json={"lora_name": "fresh", "lora_path": "sub/later.bayou"})
     assert loaded.status_code == 200 and "added successfully" in loaded.text
-    for name in ("fresh", "base:fresh", "sub/later"):  # the last by its place in the folder
+    known = len(http.get("/v1/models").json()["data"])
+    for name in ("fresh", "base:fresh", "fresh.bayou", "sub/later"):  # the last by its place in the folder
         answer = http.post("/v1/completions", json={**asked, "model": name})
         assert answer.json()["choices"][0]["text"] == wanted, answer.text
+    assert len(http.get("/v1/models").json()["data"]) == known + 1  # sub/later: no name is a second model
     again = {"lora_name": "fresh", "lora_path": "dense"}
     refused(http.post("/v1/load_lora_adapter", json=again), 400, "bad_request")
     assert http.post("/v1/load_lora_adapter", json={**again, "load_inplace": True}).status_code == 200
@@ -145,6 +147,7 @@ def test_loading_and_unloading(running: Running, http: httpx2.Client, made: tupl
     for name in ("fresh", "sub/later"):
         assert http.post("/v1/unload_lora_adapter", json={"lora_name": name}).status_code == 200
         refused(http.post("/v1/completions", json={**asked, "model": name}), 404, "model_not_found")
+        refused(http.post("/v1/completions", json={**asked, "model": f"{name}.bayou"}), 404, "model_not_found")
         refused(http.post("/v1/unload_lora_adapter", json={"lora_name": name}), 404, "model_not_found")
 
 

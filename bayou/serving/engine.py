@@ -305,7 +305,11 @@ class Engine:
         for (answer, count), found in zip(work, chosen, strict=True):
             answer.done += count
             if answer.done == len(answer.tokens):
-                self._hear_token(answer, found)
+                try:
+                    self._hear_token(answer, found)
+                except BaseException as error:  # a tenant's tokenizer may raise anything, even panic in Rust
+                    if answer in self._running:
+                        self._finish(answer, Piece(refused=_failure(error)))
 
     def _hear_token(self, answer: Answer, found: Chosen | None) -> None:
         if found is None:
@@ -328,7 +332,7 @@ class Engine:
             answer.hear(Piece(text, (found,)))
 
 
-def _failure(error: Exception) -> Refused:
+def _failure(error: BaseException) -> Refused:
     if isinstance(error, torch.OutOfMemoryError):
         return Refused("the device has no memory left for this answer; ask for fewer tokens", 503, "out_of_memory")
     message = str(error) if isinstance(error, BayouError) else f"{type(error).__name__}: {error!s:.300}"

@@ -26,12 +26,19 @@ _NOT_DONE = {
     "repetition_penalty": (None, 1),
     "min_p": (None, 0),
     "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
     "functions": (None, []),
     "response_format": (None, {"type": "text"}),
     "audio": (None,),
     "modalities": (None, ["text"]),
     "prediction": (None,),
 }
+
+
+_OF_NO_EFFECT = frozenset(
+    {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+)
+"""What OpenAI's clients may send, and what changes no answer."""
 
 
 class StreamOptions(BaseModel):
@@ -59,8 +66,8 @@ class Wishes(BaseModel):
 
     @model_validator(mode="after")
     def _nothing_else(self) -> "Wishes":
-        for key, harmless in _NOT_DONE.items():
-            if (self.model_extra or {}).get(key) not in harmless:
+        for key, value in (self.model_extra or {}).items():
+            if key not in _OF_NO_EFFECT and value not in _NOT_DONE.get(key, (None,)):
                 raise ValueError(f"{key} is not supported")
         return self
 
@@ -110,10 +117,11 @@ class Completion(Wishes):
         """As given."""
         return self.logprobs
 
-    def prompts(self, voice: Voice) -> list[list[int]]:
-        """Tokens of each prompt."""
+    def prompts(self, voice: Voice, most: int) -> list[list[int]]:
+        """Tokens of each prompt; `most` are what may be answered. Raises Refused for a text that is far too long."""
         given = self.prompt
         several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        voice.check_length((one for one in several if isinstance(one, str)), most)
         return [voice.encode(one) if isinstance(one, str) else list(one) for one in several]
 
 
@@ -157,8 +165,9 @@ class Chat(Wishes):
             raise Refused("top_logprobs needs logprobs: true", param="top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
-    def prompts(self, voice: Voice) -> list[list[int]]:
-        """Tokens of the conversation, by the tenant's own template."""
+    def prompts(self, voice: Voice, most: int) -> list[list[int]]:
+        """Tokens of the conversation, by the tenant's own template. As above."""
+        voice.check_length((m.content for m in self.messages if isinstance(m.content, str)), most)
         turns = [message.model_dump(exclude_none=True) for message in self.messages]
         return [voice.encode_chat([{**turn, "content": turn.get("content", "")} for turn in turns])]
 

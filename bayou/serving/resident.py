@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PreTrainedModel
 
-from bayou.attach import differences
+from bayou import skeleton
+from bayou.attach import differences, read_unplaced
 from bayou.attached import AttachedEmbedding, AttachedExperts, AttachedLinear
 from bayou.delta import Term
 from bayou.deltafile import DeltaFile
@@ -155,6 +156,7 @@ def read(base: PreTrainedModel, file: DeltaFile, routed: Mapping[str, nn.Module]
     that may differ from row to row; what is read stands around these, for a step may swap a module's parameters for a
     moment while the next tenant is read. Raises DamagedFile, and Unsupported for what cannot be served over this base.
     """
+    read_unplaced(file, skeleton.places(base, file.tensors()))
     paths = {id(module): path for path, module in base.named_modules()}
     embedding = base.get_input_embeddings()
     modules: dict[str, nn.Module] = {}
@@ -195,6 +197,8 @@ def check_config(base: dict[str, Any], tuned: dict[str, Any], path: object) -> N
         old, new = (CONFIG_MAPPING[kinds[0]].from_dict(copy.deepcopy(raw)).to_dict() for raw in (base, tuned))
     except Exception as error:  # a config class may raise anything for a value that makes no sense
         raise BadFile(f"{path}: its config.json cannot be used ({error!s:.200})") from None
+    if new.get("tie_word_embeddings") and not old.get("tie_word_embeddings"):
+        raise Unsupported(f"{path}: its head is its embedding, not so the base's; bayou.load can serve it alone")
     words = sorted(key for key in {*old, *new} - _SAME_MODEL if old.get(key) != new.get(key))
     if words:
         told = ", ".join(f"{key} {new.get(key)!r:.60} (base: {old.get(key)!r:.60})" for key in words[:3])

@@ -69,7 +69,7 @@ class Roster:
 
     def find(self, name: str) -> Tenant:
         """The tenant called `name`, or base:name; its file is opened now where it came later. Raises BayouError."""
-        name = name.removeprefix(f"{self._bank.base.name}:")
+        name = name.removeprefix(f"{self._bank.base.name}:").removesuffix(SUFFIX)
         tenant = self._bank.find(name)
         if tenant is not None:
             return tenant
@@ -92,7 +92,7 @@ class Roster:
         """
         if self._root is None:
             raise Refused("no --delta-dir was given, so no files can be loaded", 400, "no_delta_dir")
-        check_name(name)
+        name = check_name(name.removesuffix(SUFFIX))
         if self._bank.find(name) is not None and not replacing:
             raise taken(name)
         file = resolve(self._root, path)
@@ -101,6 +101,11 @@ class Roster:
         except BayouError as error:
             raise self._bank.told(error, name, file) from None
         try:
+            try:
+                assert trial.file is not None  # the base alone has none
+                trial.file.verify()
+            except BayouError as error:
+                raise self._bank.told(error, name, file) from None
             self._engine.load(trial)
             self._bank.enter(trial, replacing=replacing)
         except BaseException:
@@ -110,6 +115,7 @@ class Roster:
 
     def unload(self, name: str) -> None:
         """Serve it no longer; what is being answered goes on. A file of the folder can be loaded again by name."""
+        name = name.removesuffix(SUFFIX)
         with self._lock:
             if not self._bank.unregister(name):
                 raise unknown_model(name)

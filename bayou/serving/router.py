@@ -198,9 +198,10 @@ class RoutedLinear(Routed):
 
     def _add_deltas(self, x: Tensor, y: Tensor, parts: list[Any], rows: Rows) -> None:
         """y += x @ delta.T of each segment, in place."""
-        if self.deltas is not None and rows.offsets is not None and rows.lines is not None:
-            scratch = self.deltas.scratch(len(x))
-            packed_product(self.deltas, x, rows.offsets, rows.lines, [y], most=rows.most, scratch=scratch)
+        table = self.deltas  # the loader may put a larger one in its place meanwhile
+        if table is not None and rows.offsets is not None and rows.lines is not None:
+            scratch = table.scratch(len(x))
+            packed_product(table, x, rows.offsets, rows.lines, [y], most=rows.most, scratch=scratch)
             return
         for start, stop, module, _ in parts:
             y[start:stop] += module.delta.apply(x[start:stop])

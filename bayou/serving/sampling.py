@@ -91,11 +91,12 @@ def _draw(scores: Tensor, rows: Sequence[Row]) -> Tensor:
     temperature = column([max(row.sampling.temperature, 1e-4) for row in rows])
     top_p = column([row.sampling.top_p for row in rows])
     top_k = column([row.sampling.top_k or scores.shape[-1] for row in rows])
-    uniform = column([row.draws.random() for row in rows])
+    uniform = column([row.draws.random() for row in rows]).clamp(max=1 - 2**-24)  # in fp32 a draw may round to 1
     ordered, ids = scores.nan_to_num(nan=-torch.inf).sort(stable=True, dim=-1, descending=True)
     chances = ((ordered - ordered[:, :1]) / temperature).softmax(-1)
     before = chances.cumsum(-1) - chances
     kept = (before < top_p) & (torch.arange(scores.shape[-1], device=scores.device) < top_k)
+    kept &= chances > 0
     kept[:, 0] = True
     cumulated = (chances * kept).cumsum(-1)
     index = (cumulated <= uniform * cumulated[:, -1:]).sum(-1).clamp(max=scores.shape[-1] - 1)

@@ -128,7 +128,7 @@ def application(engine: Engine, roster: Roster, *, key: str | None = None, body:
 
     async def answer(wishes: Completion | Chat, request: Request) -> Response:
         tenant = await run_in_threadpool(roster.find, wishes.model)
-        prompts = await run_in_threadpool(wishes.prompts, tenant.voice)
+        prompts = await run_in_threadpool(wishes.prompts, tenant.voice, engine.length)
         conversation = Conversation(engine, tenant, wishes)
         conversation.ask(prompts, asyncio.get_running_loop())
         if not wishes.stream:

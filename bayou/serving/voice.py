@@ -5,8 +5,9 @@ import json
 import tempfile
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ class Tokenizer:
     inner: PreTrainedTokenizerBase
     lock: threading.Lock = field(default_factory=threading.Lock)
 
+    @cached_property
+    def longest(self) -> int:
+        """Characters of the longest token, at least: a text of n times as many has more than n tokens."""
+        return max((len(piece) for piece in self.inner.get_vocab()), default=1)
+
 
 @dataclass(frozen=True, eq=False)
 class Voice:
@@ -48,6 +54,19 @@ class Voice:
     def chats(self) -> bool:
         """Whether there is a chat template."""
         return bool(self.tokenizer.inner.chat_template)
+
+    def check_length(self, texts: Iterable[str], most: int) -> None:
+        """Raises Refused for a text that has more than `most` tokens however it is read.
+
+        Reading a long text holds up whoever speaks by this tokenizer, so what cannot be answered is not read.
+        """
+        for text in texts:
+            if len(text) > most * self.tokenizer.longest:
+                raise Refused(
+                    f"a text of {len(text):,} characters has more than the {most:,} tokens that an answer may have",
+                    code="context_length_exceeded",
+                    param="prompt",
+                )
 
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt, those that the tokenizer sets before every text among them."""
