@@ -138,6 +138,7 @@ def compress(
             if here.first:
                 here.wait()
             job.encode(journal, windows, activations)
+            here.wait()  # until all have read what they want of the journal, which the first one ends
             gains = job.distil(journal, text, distil) if text is not None and here.first else {}
             if here.first:
                 with clock.step("write"):

@@ -198,7 +198,8 @@ def _rival(
     else:
         shared, tensors = made.shared(original.folder)
         report = write(original, shared, out, tensors=tensors, method=method, progress=progress)
-    forget(checkpoint)
+    if training is not None:
+        forget(checkpoint)
     return replace(report, training=told)
 
 

@@ -185,9 +185,12 @@ def test_rivals_recover_by_the_same_command(
 ) -> None:
     rate = {"lastlayers": "3e-4"}.get(method, "5e-3")
     words = ["share", str(model), "--method", method, "--reduce", "0.2", "--calibration-tokens", "2048"]
+    kept = tmp_path / "plain.bayou.train"
+    kept.write_bytes(b"a training that was stopped")
     with pytest.raises(SystemExit) as stop:
         main([*words, "-o", str(tmp_path / "plain.bayou")])
-    assert stop.value.code == 0
+    assert stop.value.code == 0 and kept.exists()  # nobody asked for training: it is not touched
+    kept.unlink()
     how = ["--train", str(training.text), "--tokens", "20k", "--alpha", "1", "--rate", rate]
     with pytest.raises(SystemExit) as stop:
         main([*words, "-o", str(tmp_path / "a.bayou"), *how, "--json"])
