@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bayou.checkpoint import atomic
-from bayou.sharing import Shared, Tie, baselines, layouts, search, ties
+from bayou.methods import Gram
+from bayou.sharing import Shared, Tie, baselines, draft, layouts, search
 from bayou.sharing.baselines.baseline import count
 from bayou.sharing.original import Original
 from bayou.sharing.student import Replacement, apply, twin
@@ -181,7 +182,7 @@ class Maker:
         self.device = str(next(teacher.parameters()).device)
         self.dtype = next(teacher.parameters()).dtype
         self.total = count(teacher)
-        self._grams: dict[str, Any] = {}
+        self._grams: dict[str, Gram] = {}
         self._rivals: dict[tuple[str, float], baselines.Baseline] = {}
         self._original: Original | None = None
 
@@ -251,47 +252,15 @@ class Maker:
 
     def _closed_form(self, run: Run) -> tuple[Shared, dict[str, Tensor]]:
         """The ties of a layout and an initialisation, and learned anchors (als) by name."""
-        original = self.original
         dial = layouts.Dial(
             layout=run.get("layout", "alternating"),
             kinds=run.get("kinds", "mlp"),
             reduce=run.get("reduce"),
-            rank=run.get("rank") or None,
+            rank=run.get("rank"),
             count=run.get("count"),
             blocks=tuple(run.get("blocks", ())),
         )
-        if run.get("rank") == 0:  # no delta at all: the layout of any rank
-            dial = layouts.Dial(kinds=dial.kinds, rank=1, blocks=dial.blocks)
-        pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
-        rank = 0 if run.get("rank") == 0 else rank
-        groups: dict[str, list[str]] = {}  # anchor matrix -> the matrices tied to it
-        for block, anchor in pairs.items():
-            for kind in layouts.KINDS[dial.kinds]:
-                mine, theirs = original.sublayers[block, kind], original.sublayers[anchor, kind]
-                for leaf in mine.matrices:
-                    groups.setdefault(f"{theirs.name}.{leaf}", []).append(f"{mine.name}.{leaf}")
-        init, made, anchors = run["init"], [], {}
-        metrics: dict[str, Any] = {}
-        if init in ties.USE_GRAM:
-            grams = self._measured(original)
-            known: dict[int, Any] = {}
-            for name in [n for anchor, tied in groups.items() for n in (anchor, *tied)]:
-                key = id(grams[name])
-                metrics[name] = known[key] = known.get(key) or ties.Metric(grams[name])
-        for anchor, tied in groups.items():
-            if init == "als":
-                matrices = {name: original.matrix(name) for name in (anchor, *tied)}
-                learned = ties.learn(anchor, matrices, metrics, rank, dtype=original.checkpoint.dtype(anchor))
-                anchors[anchor] = learned.base
-                made += learned.ties
-                continue
-            for name in tied:
-                metric = metrics.get(name) or ties.Metric(None)
-                reference = (anchor, original.matrix(anchor))
-                made.append(
-                    ties.fit(name, original.matrix(name), reference, metric, rank, init, seed=run.get("seed", 0))
-                )
-        return Shared(tuple(made)), anchors
+        return draft.closed_form(self.original, dial, run["init"], lambda _: self._measured(), seed=run.get("seed", 0))
 
     @property
     def original(self) -> Original:
@@ -308,11 +277,11 @@ class Maker:
             save_shared(path, search.search(self.original, dial, self.windows, lambda *_: None))
         return load_shared(path)
 
-    def _measured(self, original: Any) -> dict[str, Any]:
+    def _measured(self) -> dict[str, Gram]:
         """Second moments of every linear's input, from one walk."""
         if not self._grams:
-            names = [name for sub in original.sublayers.values() for name in sub.tensors()]
-            self._grams = original.grams(self.windows, names, lambda *_: None)
+            names = [name for sub in self.original.sublayers.values() for name in sub.tensors()]
+            self._grams = self.original.grams(self.windows, names, lambda *_: None)
         return self._grams
 
 

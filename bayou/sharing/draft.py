@@ -4,6 +4,7 @@ which blocks, what rank      layouts.arrange, or search.search by measured loss
 the ties                     ties.fit, ties.learn
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from bayou.errors import BadInput
+from bayou.methods import Gram
 from bayou.sharing import Shared, Tie, layouts, search, sharedfile, ties
 from bayou.sharing.layouts import Dial
 from bayou.sharing.original import Original, Progress
@@ -78,9 +80,28 @@ def draw_up(
             raise BadInput("--plan search measures the loss on text, and --calibration none gives none")
         size = partial(sharedfile.nbytes, original, **storage or {})
         return Draft(original, search.search(original, dial, windows, show, size), {}, windows, "search")
-    pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
     wanted = initialisation in ties.USE_GRAM
     windows = original.windows(calibration, tokens, length, seed) if wanted else None
+    shared, tensors = closed_form(
+        original, dial, initialisation, lambda names: original.grams(windows, names, show), seed=seed, progress=show
+    )
+    return Draft(original, shared, tensors, windows, initialisation)
+
+
+def closed_form(
+    original: Original,
+    dial: Dial,
+    initialisation: str,
+    measured: Callable[[set[str]], Mapping[str, Gram]],
+    *,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> tuple[Shared, dict[str, Tensor]]:
+    """The ties of the dial's layout in closed form, and the tensors that replace the model's own (learned anchors).
+
+    measured: the grams of the matrices named, or none. seed: of the random factors of "zero". Raises BadInput.
+    """
+    pairs, rank = layouts.arrange(dial, original.sublayers, original.parameters)
     groups: dict[str, list[str]] = {}  # anchor -> matrices tied to it
     for delta, lender in pairs.items():
         for kind in layouts.KINDS[dial.kinds]:
@@ -89,7 +110,7 @@ def draw_up(
                 groups.setdefault(f"{theirs.name}.{leaf}", []).append(f"{mine.name}.{leaf}")
     involved = {name for users in groups.values() for name in users}
     involved |= set(groups) if initialisation == "als" else set()
-    grams = original.grams(windows, involved, show)
+    grams = measured(involved) if initialisation in ties.USE_GRAM else {}
     metrics: dict[int, Metric] = {}
 
     def metric(name: str) -> Metric:
@@ -112,5 +133,5 @@ def draw_up(
             for name in users:
                 found = (anchor, reference)
                 made.append(ties.fit(name, original.matrix(name), found, metric(name), rank, initialisation, seed=seed))
-        show("groups", done + 1, len(groups))
-    return Draft(original, Shared(tuple(made)), tensors, windows, initialisation)
+        progress("groups", done + 1, len(groups))
+    return Shared(tuple(made)), tensors
