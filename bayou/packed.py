@@ -219,7 +219,7 @@ def moved(value: Any, device: torch.device | str) -> Any:
     They come to lie in one piece of memory, in order: equal blocks at equal distances, which kernels like.
     """
     device = torch.empty(0, device=device).device
-    tensors = list(_tensors(value))
+    tensors = list(tensors_in(value))
     if all(tensor.device == device for tensor in tensors):
         return value
     starts = [0, *accumulate(aligned(tensor.nbytes) for tensor in tensors)]
@@ -228,27 +228,29 @@ def moved(value: Any, device: torch.device | str) -> Any:
     for start, tensor in zip(starts, tensors, strict=False):
         place = buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         copies.append(place.copy_(tensor))
-    return _with_tensors(value, iter(copies))
+    return with_tensors(value, iter(copies))
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors that a tuple or a frozen dataclass holds, at any depth, in order; of a tensor itself."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif is_dataclass(value):
         for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+            yield from tensors_in(getattr(value, field.name))
 
 
-def _with_tensors(value: Any, following: Iterator[Tensor]) -> Any:
+def with_tensors(value: Any, following: Iterator[Tensor]) -> Any:
+    """`value` with others in the place of the tensors that `tensors_in` gives, taken in that order."""
     if isinstance(value, Tensor):
         return next(following)
     if isinstance(value, tuple):
-        return tuple(_with_tensors(item, following) for item in value)
+        return tuple(with_tensors(item, following) for item in value)
     if is_dataclass(value) and not isinstance(value, type):
-        changed = {field.name: _with_tensors(getattr(value, field.name), following) for field in fields(value)}
+        changed = {field.name: with_tensors(getattr(value, field.name), following) for field in fields(value)}
         return replace(value, **changed)
     return value
 

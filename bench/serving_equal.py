@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import transformers
 
+from bayou.benchmarks import record
 from bayou.restore import restore
 from bayou.serving.engine import Engine, Piece, Settings
 from bayou.serving.sampling import Sampling
@@ -115,7 +116,7 @@ def main() -> None:
     seconds = time.perf_counter() - started
     engine.close()
     found: dict[str, Any] = {"dtype": given.dtype, "device": given.device, "tokens": sum(map(len, answers))}
-    found |= {"seconds": seconds, "models": {}}
+    found |= {"seconds": seconds, "machine": record.surroundings(given.device), "models": {}}
     for name in ("base", *prompts):
         with tempfile.TemporaryDirectory() as scratch:
             folder = (

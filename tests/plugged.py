@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import sys
 import types
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,9 @@ def stand_in() -> dict[str, types.ModuleType]:
         lora_int_id: int
         lora_path: str
 
-    class LoRAResolver:
-        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-            raise NotImplementedError
+    class LoRAResolver(ABC):
+        @abstractmethod
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None: ...
 
     class Registry:
         def __init__(self) -> None:

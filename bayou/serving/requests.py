@@ -1,5 +1,6 @@
 """The bodies of requests, in OpenAI's shape, with their bounds. What we cannot do is refused, not passed over."""
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
@@ -47,7 +48,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class Wishes(BaseModel):
+class Wishes(BaseModel, ABC):
     """What completions and chats have alike."""
 
     model_config = ConfigDict(extra="allow", allow_inf_nan=False, protected_namespaces=())
@@ -98,9 +99,13 @@ class Wishes(BaseModel):
         """Where neither request nor tenant says anything; None is as many as there is room for."""
         return None
 
+    @abstractmethod
     def wanted_logprobs(self) -> int | None:
         """Most likely tokens to report; None for no log-probabilities."""
-        raise NotImplementedError
+
+    @abstractmethod
+    def prompts(self, voice: Voice, most: int) -> list[list[int]]:
+        """Tokens of each prompt; `most` are what may be answered. Raises Refused for a text that is far too long."""
 
 
 class Completion(Wishes):
@@ -118,7 +123,7 @@ class Completion(Wishes):
         return self.logprobs
 
     def prompts(self, voice: Voice, most: int) -> list[list[int]]:
-        """Tokens of each prompt; `most` are what may be answered. Raises Refused for a text that is far too long."""
+        """Each as it stands."""
         given = self.prompt
         several = [given] if isinstance(given, str) or isinstance(given[0], int) else given
         voice.check_length((one for one in several if isinstance(one, str)), most)
@@ -166,7 +171,7 @@ class Chat(Wishes):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def prompts(self, voice: Voice, most: int) -> list[list[int]]:
-        """Tokens of the conversation, by the tenant's own template. As above."""
+        """One, of the conversation, by the tenant's own template."""
         voice.check_length((m.content for m in self.messages if isinstance(m.content, str)), most)
         turns = [message.model_dump(exclude_none=True) for message in self.messages]
         return [voice.encode_chat([{**turn, "content": turn.get("content", "")} for turn in turns])]

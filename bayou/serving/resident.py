@@ -6,7 +6,7 @@ that are cut out of one buffer (the sections of a site) stay so wherever they go
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from bayou.attached import AttachedEmbedding, AttachedExperts, AttachedLinear
 from bayou.delta import Term
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadFile, Unsupported
-from bayou.packed import Packed
+from bayou.packed import Packed, tensors_in, with_tensors
 
 _SAME_MODEL = frozenset(
     {
@@ -55,7 +55,7 @@ class Resident:
 
     def _each(self) -> Iterator[Tensor]:
         for module in self.modules.values():
-            yield from _tensors(_held(module))
+            yield from tensors_in(_held(module))
         for leaves in self.tensors.values():
             yield from leaves.values()
 
@@ -115,35 +115,16 @@ def _held(module: nn.Module) -> Any:
     return tuple(change.value for changes in module.changes.values() for change in changes)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple):
-        for item in value:
-            yield from _tensors(item)
-    elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
-
-
-def _through(value: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """`value` with `move` of each tensor that its tuples and frozen dataclasses hold."""
-    if isinstance(value, Tensor):
-        return move(value)
-    if isinstance(value, tuple):
-        return tuple(_through(item, move) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _through(getattr(value, f.name), move) for f in fields(value)})
-    return value
-
-
 def _rebuilt(module: nn.Module, move: Callable[[Tensor], Tensor]) -> nn.Module:
+    def through(value: Any) -> Any:
+        return with_tensors(value, map(move, tensors_in(value)))
+
     if isinstance(module, AttachedLinear | AttachedEmbedding):
-        delta, extra = _through((module.delta, module.extra), move)
+        delta, extra = through((module.delta, module.extra))
         return type(module)(module.inner, module.base, delta, extra)
     assert isinstance(module, AttachedExperts)
     changes = {
-        leaf: [replace(change, value=_through(change.value, move)) for change in parts]
+        leaf: [replace(change, value=through(change.value)) for change in parts]
         for leaf, parts in module.changes.items()
     }
     return AttachedExperts(module.inner, changes)

@@ -101,11 +101,6 @@ class Roster:
         except BayouError as error:
             raise self._bank.told(error, name, file) from None
         try:
-            try:
-                assert trial.file is not None  # the base alone has none
-                trial.file.verify()
-            except BayouError as error:
-                raise self._bank.told(error, name, file) from None
             self._engine.load(trial)
             self._bank.enter(trial, replacing=replacing)
         except BaseException:
