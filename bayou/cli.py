@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench | serve`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | compare | bench | serve`."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from rich.console import Console
 from bayou import methods
 from bayou.bars import Bars
 from bayou.benchmarks import command as bench
+from bayou.comparison.command import compare
 from bayou.errors import BadInput, BayouError, TooSmall
 from bayou.integrations.command import export
 from bayou.serving.command import serve
@@ -315,6 +316,11 @@ app.command(epilog="Example: bayou export org/base math.bayou --rank 256 -o ./ma
 app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
 
 
+app.command(epilog="Example: bayou compare org/base ./my-finetune --data test.jsonl --calibration train.jsonl -o cmp")(
+    compare
+)
+
+
 @app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
 def evaluate(
     base: Base,
@@ -369,6 +375,8 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> N
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         kept = "; what is encoded so far is kept, run the same command to go on" if "compress" in words[:1] else ""
+        if "compare" in words[:1]:
+            kept = "; what is done so far is kept in OUT, run the same command to go on"
         if "share" in words[:1] and "--train" in words:
             kept = "; what is trained so far is kept in OUT.train every 100 steps, run the same command to go on"
         _screen.print(f"bayou: stopped{kept}", style="yellow", soft_wrap=True)
