@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} has no tokenizer that transformers can load ({str(error).splitlines()[0]}); "
             "copy the base's tokenizer files there (compress can do without: --calibration none)"
         ) from None
+
+
+def tokenizer_of(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that small files of a model folder make, by their names; raises as `read_tokenizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            return read_tokenizer(Path(folder))
+        except BadInput as error:
+            raise BadInput(str(error).replace(folder, "it")) from None
 
 
 def read_tokens(

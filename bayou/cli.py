@@ -15,7 +15,7 @@ from bayou.bars import Bars
 from bayou.benchmarks import command as bench
 from bayou.comparison.command import compare
 from bayou.errors import BadInput, BayouError, TooSmall
-from bayou.integrations.command import export
+from bayou.integrations.command import evaluate, export
 from bayou.serving.command import serve
 
 app = typer.Typer(
@@ -321,32 +321,7 @@ app.command(epilog="Example: bayou compare org/base ./my-finetune --data test.js
 )
 
 
-@app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
-def evaluate(
-    base: Base,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored or sliced folder.")],
-    finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
-    data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
-    rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.calibrate import read_tokenizer
-    from bayou.checkpoint import resolve
-    from bayou.evaluate import evaluate as run
-    from bayou.evaluate import read_model, table
-    from bayou.load import load
-    from bayou.sharing.baselines.slicegpt import is_sliced
-
-    folder = resolve(finetuned)
-    tokenizer = read_tokenizer(folder)
-    reference = read_model(folder, device)
-    candidate = read_model(file, device) if file.is_dir() and not is_sliced(file) else load(base, file, device=device)
-    found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
-    Console().print(table(found))
-    _finish(as_json, found)
+app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")(evaluate)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:

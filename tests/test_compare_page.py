@@ -75,7 +75,7 @@ def test_the_page_is_whole_and_loads_nothing(done: tuple[Path, dict[str, Any]]) 
     assert len(titles) == 3 * 16 and sum("layer 1, mlp.down_proj: output" in str(title) for title in titles) == 3
     svg = (folder / "plot.svg").read_text()
     assert svg[svg.index("<svg") :] in text
-    assert "bound: reverse water-filling" in svg and "nats," in svg and "1/4" in svg
+    assert "bound: reverse water-filling" in svg and "ideal codes" in svg and "nats a token" in svg and "1/4" in svg
 
 
 def test_names_cannot_put_markup_into_the_page(done: tuple[Path, dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from rich.text import Text
 
 Row = dict[str, Any]
 
-WIDTH = 112
+WIDTH = 120
 """Columns of text that the table takes."""
 
 
@@ -63,7 +63,7 @@ def notes(state: dict[str, Any]) -> list[str]:
     found = ["KL: of the fine-tune to the file, nats a token. flips: share of tokens whose argmax differs"]
     if "calibration" in state["shared"]:
         found[0] += f". s: seconds without the calibration, done once in {state['shared']['calibration']:.0f}"
-    if "scale" in state:
+    if "curves" in state:
         found.append(
             "lost: share of the delta's output over the calibration text that the file has not. dB: above the bound, "
             "reverse water-filling over the spectra for Gaussian deltas of known covariance. dB f.: above ideal codes "

@@ -1,8 +1,7 @@
-"""plot.svg: KL against bytes, and the lost share of the delta's output against bytes with the two curves of bound.py.
+"""plot.svg: KL against bytes, and beside it the share of the delta's output that is lost, with the curves of bound.py.
 
-The right panel is the one in which the bound is exact (for its model). On the left it stands on the axis of KL by one
-measured figure, KL per lost share of the candidate that is nearest to the bound, as the legend says: KL does not follow
-from the error, and another kind of error of the same size costs another KL.
+The bound is drawn where it is true, on the axis of that error. It has no place on the axis of KL: KL per lost share
+differs between methods, and of one method between sizes, by a factor of ten and more (LOG.md, 2026-11-24).
 """
 
 import io
@@ -32,7 +31,7 @@ def comparison(state: dict[str, Any]) -> str:
         return ""
     names = list(dict.fromkeys(row["method"] for row in drawn))
     lost = [row for row in drawn if row.get("lost", 0) > 0]
-    panels = 2 if "scale" in state else 1
+    panels = 2 if lost and "curves" in state else 1
     figure = Figure(figsize=(5.6 * panels, 4.4), layout="constrained")
     sizes = [row["bytes"] for row in drawn]
     low, high = min(sizes) / 1.4, max(sizes) * 1.4
@@ -58,24 +57,21 @@ def comparison(state: dict[str, Any]) -> str:
         axes.grid(True, which="major", lw=0.3, alpha=0.6)
         return axes
 
-    def curve(axes: Any, name: str, times: float, **style: Any) -> None:
-        shown = [(size, error * times) for size, error in state["curves"][name] if low / 1.2 <= size <= high * 1.2]
-        if shown:
+    def curve(axes: Any, name: str, style: str, label: str) -> None:
+        shown = [(size, error) for size, error in state["curves"][name] if low / 1.2 <= size <= high * 1.2]
+        inside = [error for size, error in shown if low <= size <= high]
+        if inside:
             bottom, top = axes.get_ylim()
-            axes.plot(*zip(*shown, strict=True), color="black", **style)
-            inside = [y for x, y in shown if low <= x <= high] or [bottom]
+            axes.plot(*zip(*shown, strict=True), color="black", ls=style, lw=1.1, label=label)
             axes.set_ylim(min(bottom, min(inside) / 1.3), top)
 
     axes = panel(1, "kl", drawn)
     axes.set_ylabel("KL(fine-tune || file), nats a token", fontsize=9)
     if panels == 2:
-        scale = state["scale"]
-        label = f"bound of the error × {scale['nats']:.3g} nats,\nas {scale['of']} has it"
-        curve(axes, "bound", scale["nats"], ls="--", lw=1.1, label=label)
         right = panel(2, "lost", lost)
         right.set_ylabel("share of the delta's output that is lost", fontsize=9)
-        curve(right, "factors", 1.0, ls=":", lw=1.1, label="ideal codes of singular vectors")
-        curve(right, "bound", 1.0, ls="--", lw=1.1, label="bound: reverse water-filling")
+        curve(right, "factors", ":", "ideal codes of singular vectors")
+        curve(right, "bound", "--", "bound: reverse water-filling")
         right.legend(fontsize=7)
     axes.legend(fontsize=7)
     held = {"answers": "rows of answers", "text": "windows of text"}[state["kind"]]

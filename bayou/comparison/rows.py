@@ -1,8 +1,8 @@
 """Compress by every method to every size, score each file on held-out text, and write what came of it.
 
 What runs have in common is done once: the fine-tune's activations (second moments, shelf.Shelf), its logits on the
-held-out text (evaluate.Remembered), the spectra. All that is done is in DIR, so a stopped comparison goes on where it
-was, and a later one with other methods or sizes adds its rows:
+held-out text (evaluate.Remembered), the spectra, and on a CPU most eigendecompositions. All that is done is in DIR, so
+that a stopped comparison goes on where it was, and a later one with other methods or sizes adds its rows:
 
     compare.json        everything that was found; written anew after each step
     METHOD-RATIO.bayou  the files, each as `bayou compress` writes it, byte for byte
@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bayou import calibrate, methods, preflight, skeleton
+from bayou import calibrate, decompose, methods, preflight, skeleton
 from bayou.checkpoint import Checkpoint, atomic, resolve
 from bayou.comparison import drawing, measured, page
 from bayou.comparison.bound import Bound, Spectrum, decibels
@@ -39,6 +39,7 @@ from bayou.version import __version__
 Progress = Callable[[str, int, int], None]
 
 _LOGITS = 2**33  # bytes of the fine-tune's logits that are kept at most, and at most half of what the disk has free
+_VECTORS = 2**30  # bytes of eigenvectors that are kept in memory between one method or size and the next
 _WINDOW = 512  # tokens of a window of held-out text, as `bayou eval` has it; fewer where the model has fewer positions
 _REFERENCE = {"nll_reference": "nll", "ppl_reference": "ppl", "acc_reference": "acc", "acc_reference_se": "acc_se"}
 
@@ -80,9 +81,8 @@ def compare(
         it; with `bound` also lost (E of bound.py: the share of the delta's output that is lost), decibels (above
         the bound) and decibels_factors, cells (error and output of each kind of matrix and layer);
         reference: nll, and acc or ppl of the fine-tune itself; kind, rows and tokens of the held-out text;
-        curves: bound and factors, each (bytes, E), and fixed; scale: nats of KL per E, and of which candidate, by
-        which the bound is drawn in the plot of KL; warnings: in words; shared: seconds of what was done once;
-        shared, versions, device, base and finetuned, settings: what was asked; original: bytes of the fine-tune.
+        curves: bound and factors, each [bytes, E], and fixed; warnings: in words; shared: seconds of what was done
+        once; versions, device, base and finetuned, settings: what was asked; original: bytes of the fine-tune.
 
     Raises:
         BadInput for held-out text that is the calibration's, a folder of another comparison, matplotlib missing, and
@@ -106,7 +106,8 @@ def compare(
         "seed": seed,
     }
     job.open(settings, warnings, asked)
-    job.run(bound)
+    with decompose.remembering(_VECTORS):
+        job.run(bound)
     return job.finish(plot)
 
 
@@ -345,17 +346,11 @@ class _Comparison:
         return spectra
 
     def _place(self) -> None:
-        """Each row's distance from the curves, and what lost output costs in KL in the row nearest to the bound."""
-        scored = [row for row in self.state["candidates"] if "kl" in row and row.get("lost", 0) > 0]
-        for row in scored:
+        """Each row's distance from the curves."""
+        for row in (row for row in self.state["candidates"] if row.get("lost", 0) > 0):
             curves = self.state["curves"]
             row["decibels"] = decibels(row["lost"], curves["bound"], row["bytes"])
             row["decibels_factors"] = decibels(row["lost"], curves["factors"], row["bytes"])
-        placed = [row for row in scored if row["kl"] > 0 and row["decibels"] is not None]
-        if placed:
-            best = min(placed, key=lambda row: row["decibels"])
-            of = f"{best['method']} 1/{best['asked']:g}"
-            self.state["scale"] = {"nats": best["kl"] / best["lost"], "of": of}
 
     def finish(self, plot: bool) -> dict[str, Any]:
         """Write the outputs and remove the work."""
