@@ -111,20 +111,11 @@ def evaluate(
         BadInput: the file cannot be used (with the line's number), a row is longer than a model's positions,
             or the models differ in vocabulary.
     """
-    kind = "answers" if Path(data).suffix == ".jsonl" else "text"
-    todo = _answers(data, tokenizer) if kind == "answers" else _windows(data, tokenizer, length)
-    if rows is not None:
-        if rows < 1:
-            raise BadInput(f"cannot evaluate {rows} rows: ask for 1 at least")
-        todo = random.Random(seed).sample(todo, min(rows, len(todo)))
-    models = (reference, candidate)
+    kind, todo = read_rows(data, tokenizer, rows=rows, length=length, seed=seed)
     if device is None:
         device = reference.device
-    for model in models:
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(len(row.ids) for row in todo)
-        if most is not None and longest > most:
-            raise BadInput(f"{data} has a row of {longest} tokens; the model has {most} positions")
+    for model in (reference, candidate):
+        check_rows(todo, model.config, data)
         if not isinstance(model, Remembered):
             model.eval().to(device)
 
@@ -132,6 +123,27 @@ def evaluate(
     for part in _batches(todo, batch, reference.config.get_text_config().vocab_size):
         sums[part] = _compare(reference, candidate, [todo[i] for i in part], torch.device(device))
     return _summary(kind, dict(zip(_SUMS, sums.T, strict=True)))
+
+
+def read_rows(
+    data: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, length: int, seed: int
+) -> tuple[str, list[_Row]]:
+    """The kind and the rows that `evaluate` scores; raises BadInput as it does."""
+    kind = "answers" if Path(data).suffix == ".jsonl" else "text"
+    found = _answers(data, tokenizer) if kind == "answers" else _windows(data, tokenizer, length)
+    if rows is not None:
+        if rows < 1:
+            raise BadInput(f"cannot evaluate {rows} rows: ask for 1 at least")
+        found = random.Random(seed).sample(found, min(rows, len(found)))
+    return kind, found
+
+
+def check_rows(rows: list[_Row], config: PreTrainedConfig, data: Path) -> None:
+    """Raises BadInput for a row that is longer than the positions of a model of this config."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row.ids) for row in rows)
+    if most is not None and longest > most:
+        raise BadInput(f"{data} has a row of {longest} tokens; the model has {most} positions")
 
 
 def read_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:

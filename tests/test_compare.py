@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 from compared import HELD, OPTIONS, TRAIN, done, models, plain, row_of, run
+from pico import perturb, pico
 from safetensors.torch import load_file
 
 import bayou
 from bayou.calibrate import read_tokenizer
 from bayou.comparison import measured, rows
 from bayou.comparison.bound import decibels
+from bayou.comparison.rows import compare
 from bayou.errors import BadInput, TooSmall
 from bayou.evaluate import read_model
 from bayou.shelf import Shelf
@@ -248,14 +250,65 @@ def test_held_out_text_must_not_be_the_calibrations(models: Path, tmp_path: Path
         ({"ratios": [-1]}, "ratio -1.0: a number above 0"),
         ({"calibration": "none", "distill_steps": 3}, "3 steps of distillation need a text"),
         ({"data": Path("absent.txt")}, "cannot read absent.txt"),
+        ({"data": Path("empty.txt")}, "0 tokens of text: too few"),
+        ({"data": Path("long.jsonl")}, "long.jsonl has a row of 302 tokens; the model has 256 positions"),
+        ({"rows": 0}, "cannot evaluate 0 rows"),
     ],
 )
 def test_bad_input_is_refused_before_anything_is_written(
-    models: Path, tmp_path: Path, options: dict[str, Any], message: str
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], message: str
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty.txt").write_text("")
+    Path("long.jsonl").write_text(json.dumps({"prompt": "x" * 300, "answer": "yo"}))
     with pytest.raises(BadInput, match=message):
         run(models, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="without torchrun"):
+        run(models, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "mixtral"])
+def test_other_layouts_of_matrices(name: str, models: Path, tmp_path: Path) -> None:
+    """Matrices that lie transposed, and experts: every cell has both errors, and the files lose what they say."""
+    base = pico(name, tmp_path / "base")
+    tuned = perturb(base, tmp_path / "tuned", scale=0.3)
+    given = OPTIONS | {"names": ["deltacome"], "ratios": [3], "data": models / "held.txt", "plot": False}
+    (row,) = compare(base, tuned, tmp_path / "out", calibration=models / "train.txt", **given)["candidates"]
+    assert 0 < row["lost"] < 1 and row["decibels"] > 0
+    assert all(0 < cell["output"] < 1 and 0 < cell["error"] < 1 for cell in row["cells"])
+    if name == "mixtral":
+        experts = [cell for cell in row["cells"] if "experts" in cell["kind"]]
+        assert len(experts) == 2 * 3 and all(cell["matrices"] == 4 for cell in experts)
+
+
+def test_an_unchanged_model_loses_nothing(models: Path, tmp_path: Path) -> None:
+    given = {"names": ["lowrank"], "ratios": [4], "calibration": "none", "distill_steps": 0}
+    found = compare(models / "base", models / "base", tmp_path / "out", data=models / "held.txt", **given)
+    (row,) = found["candidates"]
+    assert (row["kl"], row["lost"], row["cells"], row["flip"]) == (0, 0, [], 0) and "decibels" not in row
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"compare.json", "lowrank-4.bayou", "report.html"}
+
+
+def test_a_row_that_was_refused_is_tried_again(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = rows.compress
+
+    def refusing(**options: Any) -> Any:
+        if options["method"] == "deltacome":
+            raise BadInput("not today")
+        return original(**options)
+
+    given = {"names": ["deltacome", "lowrank"], "ratios": [4], "plot": False, "bound": False}
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "compress", refusing)
+        first = run(models, tmp_path / "out", **given)
+        assert row_of(first, "deltacome") == {"method": "deltacome", "asked": 4, "reason": "not today"}
+        with pytest.raises(BadInput, match="not today"):
+            run(models, tmp_path / "none", **given | {"names": ["deltacome"]})
+    second = run(models, tmp_path / "out", **given)
+    assert "reason" not in row_of(second, "deltacome") and row_of(second, "deltacome")["kl"] > 0
+    assert row_of(second, "lowrank") == row_of(first, "lowrank")
 
 
 def test_a_shelf_gives_what_the_walk_found(models: Path, tmp_path: Path) -> None:

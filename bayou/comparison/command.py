@@ -61,7 +61,9 @@ def compare(
             progress=bars.show,
         )
     Console(width=max(Console().width, WIDTH)).print(table(found))  # a narrow screen folds lines, no figure is cut
-    print(f"{out}: the files, compare.json, report.html{' and plot.svg' if plot else ''}")
+    print(
+        f"{out}: the files, compare.json, report.html{' and plot.svg' if plot and (out / 'plot.svg').exists() else ''}"
+    )
     if as_json:
         print(json.dumps(found))
 

@@ -88,7 +88,7 @@ def _coded(file: DeltaFile) -> list[SiteRecord]:
 def total(losses: dict[str, float], spectra: dict[str, Spectrum]) -> float:
     """E of `bound`: the mean of the losses by numbers of weights."""
     weights = {name: one.shape[0] * one.shape[1] for name, one in spectra.items()}
-    return sum(weights[name] * losses[name] for name in spectra) / sum(weights.values())
+    return sum(weights[name] * losses[name] for name in spectra) / max(1, sum(weights.values()))
 
 
 def kind_and_layer(name: str) -> tuple[str, int | None]:

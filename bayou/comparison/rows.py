@@ -12,6 +12,7 @@ that a stopped comparison goes on where it was, and a later one with other metho
 
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from bayou.comparison.bound import Bound, Spectrum, decibels
 from bayou.compress import compress
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, BayouError, TooSmall, Unsupported
-from bayou.evaluate import Remembered, evaluate, read_model
+from bayou.evaluate import Remembered, check_rows, evaluate, read_model, read_rows
 from bayou.load import load
 from bayou.shelf import Shelf
 from bayou.version import __version__
@@ -87,8 +88,10 @@ def compare(
     Raises:
         BadInput for held-out text that is the calibration's, a folder of another comparison, matplotlib missing, and
         whatever compress, load and evaluate raise; what is done by then is kept. A size that a method cannot reach,
-        or a model that it cannot take, is a row with the reason; if no row has a file, the last such error.
+        or a model or option that it cannot take, is a row with the reason; if no row has a file, the last such error.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadInput("compare is one process; start it without torchrun")
     if plot:
         drawing.check("compare draws plot.svg with matplotlib; go without by --no-plot, or")
     told = progress or (lambda *_: None)
@@ -172,6 +175,11 @@ class _Comparison:
     def open(self, settings: dict[str, Any], warnings: list[str], asked: list[tuple[str, float]]) -> None:
         """Take up the folder's comparison, or begin one; adds the rows that are asked for."""
         self.settings = settings
+        self.tokenizer = calibrate.read_tokenizer(self.tuned.folder)
+        most = getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None) or _WINDOW
+        self.sampled = {"rows": settings["rows"], "length": min(_WINDOW, most), "seed": settings["seed"]}
+        _, held = read_rows(Path(settings["data"]), self.tokenizer, **self.sampled)
+        check_rows(held, self.skeleton.config, Path(settings["data"]))  # not first when hours have passed
         calibration = settings["calibration"]
         self.windows: Tensor | None = None
         if calibration != "none":
@@ -237,7 +245,7 @@ class _Comparison:
         """Do what is not done yet of each row."""
         wanted = ("kl", "lost") if bound else ("kl",)
         todo = [
-            row for row in self.state["candidates"] if "reason" not in row and any(name not in row for name in wanted)
+            row for row in self.state["candidates"] if "least" not in row and any(name not in row for name in wanted)
         ]
         if not todo:
             return
@@ -270,10 +278,10 @@ class _Comparison:
 
     def _compressed(self, row: dict[str, Any], shelf: Shelf | None) -> DeltaFile | None:
         """The row's file, made where it is not there; None where it cannot be."""
-        path = self.out / f"{row['method']}-{row['asked']:g}.bayou"
+        path = self.out / f"{row['method']}-{row['asked']:.12g}.bayou"
         if row.get("root") and path.is_file() and (file := DeltaFile(path)).root == row["root"]:
             return file
-        name = f"{row['method']} 1/{row['asked']:g}"
+        name = f"compress: {row['method']} 1/{row['asked']:g}"
         try:
             report = compress(
                 **self.named,  # type: ignore[arg-type]
@@ -289,11 +297,12 @@ class _Comparison:
                 moments=shelf,
                 progress=lambda step, done, total: self.progress(f"{name} {step}", done, total),
             )
-        except (TooSmall, Unsupported) as error:
+        except (TooSmall, Unsupported, BadInput) as error:
             row["reason"], self.refused = str(error), error
             if isinstance(error, TooSmall):
                 row["least"] = error.least
             return None
+        row.pop("reason", None)
         file = DeltaFile(path)
         made = {"file": path.name, "root": file.root, "bytes": report.bytes, "ratio": report.ratio}
         row |= made | {"seconds": report.seconds, "steps": report.steps, "errors": report.errors}
@@ -302,18 +311,8 @@ class _Comparison:
 
     def _score(self, row: dict[str, Any], file: DeltaFile, reference: Remembered) -> None:
         candidate = load(self.base.folder, file, device=self.device)
-        tokenizer = calibrate.read_tokenizer(self.tuned.folder)
-        most = getattr(self.skeleton.config.get_text_config(), "max_position_embeddings", None) or _WINDOW
-        found = evaluate(
-            reference,
-            candidate,
-            tokenizer,
-            Path(self.settings["data"]),
-            rows=self.settings["rows"],
-            length=min(_WINDOW, most),
-            device=self.device,
-            seed=self.settings["seed"],
-        )
+        data = Path(self.settings["data"])
+        found = evaluate(reference, candidate, self.tokenizer, data, device=self.device, **self.sampled)
         reference.release()
         self.state |= {name: found.pop(name) for name in ("kind", "rows", "tokens")}
         self.state["reference"] = {own: found.pop(name) for name, own in _REFERENCE.items() if name in found}
@@ -323,7 +322,7 @@ class _Comparison:
 
     def _measure(self, row: dict[str, Any], file: DeltaFile, models: measured.Models) -> None:
         spectra = self._spectra(file, models)
-        name = f"{row['method']} 1/{row['asked']:g} errors"
+        name = f"errors: {row['method']} 1/{row['asked']:g}"
         losses = models.losses(file, spectra, lambda done, total: self.progress(name, done, total))
         row |= {"lost": measured.total(losses, spectra), "cells": measured.cells(file, losses)}
 
