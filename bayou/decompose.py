@@ -75,6 +75,16 @@ def _svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return _divided(u, s.float()), s.float(), v.T.float()
 
 
+def _leading(gram: Tensor, rank: int) -> Tensor:
+    """Eigenvectors (n, rank) of the `rank` largest eigenvalues of a symmetric fp64 matrix, signs fixed."""
+    known = _known.get()
+    every = torch.linalg.eigh(gram).eigenvectors if known is None or gram.is_cuda else known.of(gram)
+    vectors = every[:, -rank:].flip(1)
+    # An eigenvector's sign is the library's whim; the largest entry positive makes files reproducible between them.
+    top = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
+    return vectors * top.sign()
+
+
 @contextmanager
 def remembering(limit: int) -> Iterator[None]:
     """Inside, a matrix that is decomposed again, to whatever rank, costs no second eigendecomposition on a CPU: all of
@@ -104,16 +114,6 @@ class _Known:
 
 
 _known: ContextVar[_Known | None] = ContextVar("known", default=None)
-
-
-def _leading(gram: Tensor, rank: int) -> Tensor:
-    """Eigenvectors (n, rank) of the `rank` largest eigenvalues of a symmetric fp64 matrix, signs fixed."""
-    known = _known.get()
-    every = torch.linalg.eigh(gram).eigenvectors if known is None or gram.is_cuda else known.of(gram)
-    vectors = every[:, -rank:].flip(1)
-    # An eigenvector's sign is the library's whim; the largest entry positive makes files reproducible between them.
-    top = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    return vectors * top.sign()
 
 
 def _divided(vectors: Tensor, by: Tensor) -> Tensor:

@@ -60,9 +60,10 @@ class Models:
     def losses(
         self, file: DeltaFile, spectra: dict[str, Spectrum], progress: Progress = lambda *_: None
     ) -> dict[str, float]:
-        """Site -> output error squared, of matrices that have a spectrum; what a file keeps exactly loses nothing."""
+        """Site -> output error squared, of matrices that have a spectrum; what a file has exactly loses nothing."""
         found = dict.fromkeys(spectra, 0.0)
-        coded = [site for site in _coded(file) if site.name in spectra]
+        errors = file.errors()
+        coded = [site for site in _coded(file) if site.name in spectra and errors[site.name] > 0]
         for done, (site, moments) in enumerate(self.inputs(coded), 1):
             whole = float(spectra[site.name].energies.sum())
             matrix = delta_matrix(site, self.base, self.tuned, self.device)
