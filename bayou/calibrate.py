@@ -7,9 +7,11 @@ may overwrite the layer with its compressed self: later layers then see what the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bayou.errors import BadInput
 from bayou.moments import Grams
@@ -84,6 +86,17 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from None
 
 
+def tokenizer_of(files: Mapping[str, bytes]) -> PreTrainedTokenizerBase:
+    """The tokenizer that small files of a model folder make, by their names; raises as `read_tokenizer`."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in files.items():
+            (Path(folder) / name).write_bytes(content)
+        try:
+            return read_tokenizer(Path(folder))
+        except BadInput as error:
+            raise BadInput(str(error).replace(folder, "it")) from None
+
+
 def read_tokens(
     source: Path | None, tokenizer: PreTrainedTokenizerBase, *, tokens: int, length: int, seed: int = 0
 ) -> Tensor:
@@ -122,6 +135,31 @@ def read_tokens(
     body = min(body, len(stream))
     count = min(wanted, len(stream)) // body
     return torch.tensor([start + stream[i * body : (i + 1) * body] for i in range(count)])
+
+
+def windows(
+    source: Path | None,
+    folder: Path,
+    config: PreTrainedConfig,
+    tokens: int | None,
+    length: int,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Tensor:
+    """The windows that the model in `folder` is calibrated on, see `read_tokens`.
+
+    tokens: 32,768 on the CPU and 262,144 on a GPU unless given. length: at most the model's positions are taken.
+    """
+    if tokens is None:
+        tokens = 32_768 if device == "cpu" else 262_144
+    most = getattr(config.get_text_config(), "max_position_embeddings", None) or length
+    return read_tokens(source, read_tokenizer(folder), tokens=tokens, length=min(length, most), seed=seed)
+
+
+def digest(ids: Tensor) -> str:
+    """sha256 of token ids, by which windows are told apart."""
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
 
 
 def walk(

@@ -1,4 +1,4 @@
-"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | bench | serve`."""
+"""The command line: `bayou compress | share | inspect | verify | restore | export | eval | compare | bench | serve`."""
 
 import json
 import sys
@@ -13,8 +13,9 @@ from rich.console import Console
 from bayou import methods
 from bayou.bars import Bars
 from bayou.benchmarks import command as bench
+from bayou.comparison.command import compare
 from bayou.errors import BadInput, BayouError, TooSmall
-from bayou.integrations.command import export
+from bayou.integrations.command import evaluate, export
 from bayou.serving.command import serve
 
 app = typer.Typer(
@@ -327,32 +328,12 @@ app.command(epilog="Example: bayou export org/base math.bayou --rank 256 -o ./ma
 app.command(epilog="Example: bayou serve org/base --delta sql=sql.bayou --delta-dir deltas --memory 8GB")(serve)
 
 
-@app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")
-def evaluate(
-    base: Base,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A .bayou file, or a restored or sliced folder.")],
-    finetuned: Annotated[str, typer.Argument(help="The fine-tune that it stands for.")],
-    data: Annotated[Path, typer.Option(help="A text file, or .jsonl with prompt and answer.")],
-    rows: Annotated[int | None, typer.Option(help="Score this many rows or windows, drawn by the seed.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Which rows.")] = 0,
-    as_json: Json = False,
-) -> None:
-    """How true is a compressed model to its fine-tune: KL, NLL, flips, accuracy or perplexity."""
-    from bayou.calibrate import read_tokenizer
-    from bayou.checkpoint import resolve
-    from bayou.evaluate import evaluate as run
-    from bayou.evaluate import read_model, table
-    from bayou.load import load
-    from bayou.sharing.baselines.slicegpt import is_sliced
+app.command(epilog="Example: bayou compare org/base ./my-finetune --data test.jsonl --calibration train.jsonl -o cmp")(
+    compare
+)
 
-    folder = resolve(finetuned)
-    tokenizer = read_tokenizer(folder)
-    reference = read_model(folder, device)
-    candidate = read_model(file, device) if file.is_dir() and not is_sliced(file) else load(base, file, device=device)
-    found = run(reference, candidate, tokenizer, data, rows=rows, device=device, seed=seed)
-    Console().print(table(found))
-    _finish(as_json, found)
+
+app.command("eval", epilog="Example: bayou eval org/base math.bayou ./my-finetune --data test.jsonl")(evaluate)
 
 
 def _finish(as_json: bool, found: dict[str, Any]) -> None:
@@ -381,6 +362,8 @@ def main(arguments: list[str] | None = None, run: Callable[..., Any] = app) -> N
         if isinstance(stop, SystemExit) and stop.code != 130:
             raise
         kept = "; what is encoded so far is kept, run the same command to go on" if "compress" in words[:1] else ""
+        if "compare" in words[:1]:
+            kept = "; what is done so far is kept in OUT, run the same command to go on"
         if "share" in words[:1] and "--train" in words:
             kept = "; what is trained so far is kept in OUT.train every 100 steps, run the same command to go on"
         _screen.print(f"bayou: stopped{kept}", style="yellow", soft_wrap=True)

@@ -30,6 +30,7 @@ from bayou.entry import pack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
 from bayou.plan import SiteRecord
+from bayou.shelf import Shelf
 from bayou.version import __version__
 from bayou.workers import Workers
 
@@ -82,6 +83,7 @@ def compress(
     device: str = "cpu",
     base_revision: str | None = None,
     revision: str | None = None,
+    moments: Shelf | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write the file `out` by which `restore` and `load` make `finetuned` from `base`.
@@ -102,6 +104,7 @@ def compress(
         distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
         device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
             share out the matrices, "cuda" being a GPU for each; the file is that of a single process.
+        moments: what a calibration on the same text has found of the fine-tune's activations; spares another one.
 
     Raises:
         TooSmall: the size cannot be reached; names the least that can. BadInput, Unsupported, JournalMismatch, and
@@ -126,6 +129,10 @@ def compress(
             job.allocate(ratio, budget, embedding_rate)
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
+        if moments is not None and windows is not None:
+            if activations == "compressed":
+                raise BadInput("the moments of compressed activations depend on the file; go without moments")
+            moments.check(windows)
         needed = distil * distill.BATCH * distill.LENGTH
         text = job.windows(calibration, needed, distill.LENGTH, seed) if distil else None
         with clock.step("hash"):
@@ -137,7 +144,7 @@ def compress(
         with held as journal:
             if here.first:
                 here.wait()
-            job.encode(journal, windows, activations)
+            job.encode(journal, windows, activations, moments)
             here.wait()  # until all have read what they want of the journal, which the first one ends
             gains = job.distil(journal, text, distil) if text is not None and here.first else {}
             if here.first:
@@ -250,20 +257,14 @@ class _Job:
             return calibration
         if calibration == "none":
             return None
-        if tokens is None:
-            tokens = 32_768 if self.device == "cpu" else 262_144
-        most = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or length
-        tokenizer = calibrate.read_tokenizer(self.tuned.folder)
         source = None if calibration is None else Path(calibration)
-        return calibrate.read_tokens(source, tokenizer, tokens=tokens, length=min(length, most), seed=seed)
+        config = self.model.config
+        return calibrate.windows(source, self.tuned.folder, config, tokens, length, seed=seed, device=self.device)
 
     def key(self, windows: Tensor | None, activations: str, text: Tensor | None, distil: int) -> str:
         """What determines the bytes: inputs, Plan, calibration, versions, device and threads."""
         hashes = self.tuned.fingerprints(self.tuned.names())
-        calibration = [
-            None if ids is None else [*ids.shape, hashlib.sha256(ids.numpy().tobytes()).hexdigest()]
-            for ids in (windows, text)
-        ]
+        calibration = [None if ids is None else [*ids.shape, calibrate.digest(ids)] for ids in (windows, text)]
         parts = [
             __version__,
             torch.__version__,
@@ -278,12 +279,18 @@ class _Job:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def encode(self, journal: Journal, windows: Tensor | None, activations: Literal["finetuned", "compressed"]) -> None:
+    def encode(
+        self,
+        journal: Journal,
+        windows: Tensor | None,
+        activations: Literal["finetuned", "compressed"],
+        moments: Shelf | None,
+    ) -> None:
         """Every site goes into the journal; finds their errors."""
         device = self.workers.device(self.device)
         parts = (self.base, self.tuned, self.model, self.places, self.sites, device, self.workers, self.progress)
         encoder = Encoder(*parts)
-        encoder.encode(journal, windows, activations)
+        encoder.encode(journal, windows, activations, moments)
         self.errors = encoder.errors
 
     def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:

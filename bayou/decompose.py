@@ -6,7 +6,10 @@ keep: singular values down to 1e-8 of the largest come out right. Where few rank
 iteration with a fixed seed (Halko et al. 2011, arXiv 0909.4061, algorithm 4.4) is faster still.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -74,10 +77,43 @@ def _svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _leading(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors (n, rank) of the `rank` largest eigenvalues of a symmetric fp64 matrix, signs fixed."""
-    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    known = _known.get()
+    every = torch.linalg.eigh(gram).eigenvectors if known is None or gram.is_cuda else known.of(gram)
+    vectors = every[:, -rank:].flip(1)
     # An eigenvector's sign is the library's whim; the largest entry positive makes files reproducible between them.
     top = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     return vectors * top.sign()
+
+
+@contextmanager
+def remembering(limit: int) -> Iterator[None]:
+    """Inside, a matrix that is decomposed again, to whatever rank, costs no second eigendecomposition on a CPU: all of
+    its eigenvectors are kept, up to `limit` bytes of them. The triplets are the same, bit for bit."""
+    mark = _known.set(_Known(limit))
+    try:
+        yield
+    finally:
+        _known.reset(mark)
+
+
+class _Known:
+    """Eigenvectors by the sha256 of their matrix."""
+
+    def __init__(self, limit: int) -> None:
+        self._left, self._vectors = limit, dict[bytes, Tensor]()
+
+    def of(self, gram: Tensor) -> Tensor:
+        key = hashlib.sha256(gram.contiguous().numpy().data).digest()
+        found = self._vectors.get(key)
+        if found is None:
+            found = torch.linalg.eigh(gram).eigenvectors
+            if found.nbytes <= self._left:
+                self._left -= found.nbytes
+                self._vectors[key] = found
+        return found
+
+
+_known: ContextVar[_Known | None] = ContextVar("known", default=None)
 
 
 def _divided(vectors: Tensor, by: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import calibrate, clock, inventory, methods, skeleton
+from bayou import calibrate, clock, inventory, methods, shelf, skeleton
 from bayou.ahead import Ahead
 from bayou.checkpoint import Checkpoint
 from bayou.delta import Delta, Term
@@ -26,6 +26,7 @@ from bayou.inventory import Reads
 from bayou.journal import Journal
 from bayou.methods import Gram, Site
 from bayou.plan import SiteRecord
+from bayou.shelf import Shelf
 from bayou.skeleton import Place
 from bayou.workers import Workers
 
@@ -67,8 +68,17 @@ class Encoder:
         self._old: Reads = base
         self._new: Reads = tuned
 
-    def encode(self, journal: Journal, windows: Tensor | None, activations: Literal["finetuned", "compressed"]) -> None:
-        """Put every site in the journal that is not there yet; calibrates on `windows`, if there are any."""
+    def encode(
+        self,
+        journal: Journal,
+        windows: Tensor | None,
+        activations: Literal["finetuned", "compressed"],
+        moments: Shelf | None = None,
+    ) -> None:
+        """Put every site in the journal that is not there yet; calibrates on `windows`, if there are any.
+
+        moments: those of the windows, where they have been found before.
+        """
         path, layers = "", nn.ModuleList()
         if windows is not None:
             path, layers = skeleton.decoder_layers(self.model)
@@ -88,7 +98,7 @@ class Encoder:
                 self._old, self._new = ahead.view(self.base), ahead.view(self.tuned)
             turn = ahead.turn if self.ahead else lambda _: None
             if windows is not None and pending:
-                self._walk(journal, windows, activations, path, layers, mine, by_layer, turn)
+                self._walk(journal, windows, activations, path, layers, mine, by_layer, turn, moments)
             else:
                 for index in (i for groups in mine.values() for group in groups for i in group):
                     self.errors[index] = _done(journal, index)[1]
@@ -113,18 +123,13 @@ class Encoder:
         mine: dict[int, list[list[int]]],
         by_layer: dict[int, list[int]],
         turn: Callable[[int], None],
+        moments: Shelf | None,
     ) -> None:
         def fill(layer: int | None) -> None:
             with clock.step("read layers"):
                 if layer is not None:
                     turn(layer)
-                skip = path if layer is None else None
-                prefix = "" if layer is None else f"{path}.{layer}"
-                # The model's own arithmetic: the moments of its activations are no better known than that.
-                dtype = torch.bfloat16 if self.gpu else torch.float32
-                skeleton.fill(
-                    self.model, prefix, self.places, self._new.read, dtype=dtype, device=self.device, skip=skip
-                )
+                shelf.fill(self.model, self.places, self._new.read, layer, self.device)
 
         def visit(layer: int, grams: dict[str, Tensor]) -> None:
             shared: dict[int, Gram] = {}
@@ -137,6 +142,13 @@ class Encoder:
                 for index in by_layer.get(layer, []):
                     self._overwrite(journal, index)
 
+        if moments is not None:
+            for layer in moments.layers():
+                if layer < len(layers):
+                    turn(layer)
+                visit(layer, moments.get(layer, self.device))
+                self.progress("layers", layer + 1, len(layers))
+            return
         with clock.step("calibrate"):
             calibrate.walk(
                 self.model,
@@ -222,13 +234,8 @@ class Encoder:
             self._keep(journal, index, terms, error)
 
     def _gram(self, index: int, grams: dict[str, Gram]) -> Gram | None:
-        """The gram of the module whose input the site multiplies; merged experts' second matrices have an input of
-        their own."""
-        place = self.places.get(self.sites[index].tensor)
-        if place is None:
-            return None
-        module, _, leaf = place.path.rpartition(".")
-        gram = None if place.role == "expert" and "down" in leaf else grams.get(module)
+        """The gram of the module whose input the site multiplies."""
+        gram = grams.get(shelf.input_of(self.places.get(self.sites[index].tensor)) or "")
         if gram is not None and len(gram.matrix) != self.sites[index].shape[1]:
             return None  # of the other side: Llama 4's experts are (in, out), and nothing says so
         return gram

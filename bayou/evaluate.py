@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from safetensors.torch import load_file, save
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bayou import skeleton
 from bayou.calibrate import encode, json_lines, opening, read_text, text_field
-from bayou.checkpoint import Checkpoint
+from bayou.checkpoint import Checkpoint, atomic
 from bayou.errors import BadInput
 
 _LOGITS = 2**28  # bytes of fp32 logits that one model may make at a time (a single row may need more)
@@ -33,8 +35,44 @@ class _Row:
     start: int
 
 
+class Remembered:
+    """A reference that several candidates are compared with on the same rows: it is loaded, and runs, once.
+
+    Its logits at the scored positions are kept in `folder`, as they are, so that nothing changes in what `evaluate`
+    says; what does not fit into `limit` bytes is computed again. load: gives the model; not called where all is there.
+    """
+
+    def __init__(
+        self, config: PreTrainedConfig, load: Callable[[], PreTrainedModel], folder: Path, device: str, limit: int
+    ) -> None:
+        self.config, self.device = config, torch.device(device)
+        self._load, self._folder, self._limit = load, folder, limit
+        self._model: PreTrainedModel | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+        self._held = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+    def release(self) -> None:
+        """Let the model go; it is loaded again if it is needed."""
+        self._model = None
+
+    def scored(self, ids: Tensor, keep: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """(scored, vocabulary): see `_scored`."""
+        name = hashlib.sha256(b"".join(part.cpu().numpy().tobytes() for part in (ids, keep, row, column))).hexdigest()
+        path = self._folder / f"{name}.safetensors"
+        if path.is_file():
+            return load_file(path, device=str(self.device))["logits"]
+        if self._model is None:
+            self._model = self._load().eval().to(self.device)
+        logits = _scored(self._model, ids, keep, row, column)
+        if self._held + logits.nbytes <= self._limit:
+            with atomic(path) as file:
+                file.write(save({"logits": logits.cpu().contiguous()}))
+            self._held += path.stat().st_size
+        return logits
+
+
 def evaluate(
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | Remembered,
     candidate: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     data: Path,
@@ -48,7 +86,8 @@ def evaluate(
     """Compare the candidate's predictions with the reference's, token by token.
 
     Args:
-        reference: the fine-tune; any causal language model. Both are put into eval mode and on `device`.
+        reference: the fine-tune; any causal language model, or one whose logits are kept (on its own device).
+            Both are put into eval mode and on `device`.
         candidate: its compressed self, or any model with the same vocabulary.
         tokenizer: the reference's.
         data: a .jsonl file whose lines have "prompt" and "answer" (each encoded as it is, so the answer
@@ -72,26 +111,39 @@ def evaluate(
         BadInput: the file cannot be used (with the line's number), a row is longer than a model's positions,
             or the models differ in vocabulary.
     """
-    kind = "answers" if Path(data).suffix == ".jsonl" else "text"
-    todo = _answers(data, tokenizer) if kind == "answers" else _windows(data, tokenizer, length)
-    if rows is not None:
-        if rows < 1:
-            raise BadInput(f"cannot evaluate {rows} rows: ask for 1 at least")
-        todo = random.Random(seed).sample(todo, min(rows, len(todo)))
-    models = (reference, candidate)
+    kind, todo = read_rows(data, tokenizer, rows=rows, length=length, seed=seed)
     if device is None:
         device = reference.device
-    for model in models:
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(len(row.ids) for row in todo)
-        if most is not None and longest > most:
-            raise BadInput(f"{data} has a row of {longest} tokens; the model has {most} positions")
-        model.eval().to(device)
+    for model in (reference, candidate):
+        check_rows(todo, model.config, data)
+        if not isinstance(model, Remembered):
+            model.eval().to(device)
 
     sums = torch.zeros(len(todo), len(_SUMS), dtype=torch.float64)
     for part in _batches(todo, batch, reference.config.get_text_config().vocab_size):
         sums[part] = _compare(reference, candidate, [todo[i] for i in part], torch.device(device))
     return _summary(kind, dict(zip(_SUMS, sums.T, strict=True)))
+
+
+def read_rows(
+    data: Path, tokenizer: PreTrainedTokenizerBase, *, rows: int | None, length: int, seed: int
+) -> tuple[str, list[_Row]]:
+    """The kind and the rows that `evaluate` scores; raises BadInput as it does."""
+    kind = "answers" if Path(data).suffix == ".jsonl" else "text"
+    found = _answers(data, tokenizer) if kind == "answers" else _windows(data, tokenizer, length)
+    if rows is not None:
+        if rows < 1:
+            raise BadInput(f"cannot evaluate {rows} rows: ask for 1 at least")
+        found = random.Random(seed).sample(found, min(rows, len(found)))
+    return kind, found
+
+
+def check_rows(rows: list[_Row], config: PreTrainedConfig, data: Path) -> None:
+    """Raises BadInput for a row that is longer than the positions of a model of this config."""
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(row.ids) for row in rows)
+    if most is not None and longest > most:
+        raise BadInput(f"{data} has a row of {longest} tokens; the model has {most} positions")
 
 
 def read_model(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -167,25 +219,28 @@ def _batches(rows: list[_Row], most: int, vocabulary: int) -> Iterator[list[int]
 
 
 @torch.no_grad()
-def _compare(reference: PreTrainedModel, candidate: PreTrainedModel, rows: list[_Row], device: torch.device) -> Tensor:
+def _compare(
+    reference: PreTrainedModel | Remembered, candidate: PreTrainedModel, rows: list[_Row], device: torch.device
+) -> Tensor:
     """(rows, _SUMS): what is summed over the scored tokens of each row."""
     width, first = max(len(row.ids) for row in rows), min(row.start for row in rows)
     # Right-padded with the row's last token: causal attention never sees it, nothing takes it for padding.
     ids = torch.tensor([row.ids + row.ids[-1:] * (width - len(row.ids)) for row in rows], device=device)
     scored = torch.tensor([[row.start <= i < len(row.ids) for i in range(first, width)] for row in rows])
     keep = torch.arange(first - 1, width - 1, device=device)  # the logits there predict the tokens first..width
-    right, ours = _logits(reference, ids, keep), _logits(candidate, ids, keep)
+    row, column = scored.nonzero().to(device).unbind(1)
+    right, ours = (_scored(model, ids, keep, row, column) for model in (reference, candidate))
     vocabulary = right.shape[-1]
     if ours.shape[-1] != vocabulary:
         raise BadInput(
             f"the reference has a vocabulary of {vocabulary}, the candidate of {ours.shape[-1]}: such models "
             "cannot be compared token by token"
         )
+    targets = ids[row, column + first][:, None]
     sums = torch.zeros(len(rows), len(_SUMS), dtype=torch.float64)
-    for block in scored.nonzero().split(max(1, _BLOCK // vocabulary)):
-        row, column = block.to(device).unbind(1)
-        p, q = (logits[row, column].float().log_softmax(-1) for logits in (right, ours))
-        target = ids[row, column + first][:, None]
+    for block in torch.arange(len(row), device=device).split(max(1, _BLOCK // vocabulary)):
+        p, q = (logits[block].float().log_softmax(-1) for logits in (right, ours))
+        target = targets[block]
         # A token that the reference excludes (logit -inf) adds nothing, whatever the candidate thinks of it.
         kl = ((p - q) * p.exp()).masked_fill_(p == -math.inf, 0).sum(-1)
         best_p, best_q = p.argmax(-1), q.argmax(-1)
@@ -199,8 +254,15 @@ def _compare(reference: PreTrainedModel, candidate: PreTrainedModel, rows: list[
             "wrong_reference": best_p != target[:, 0],
         }
         values = torch.stack([columns[name].double() for name in _SUMS], 1)
-        sums.index_add_(0, block[:, 0], values.cpu())
+        sums.index_add_(0, row[block].cpu(), values.cpu())
     return sums
+
+
+def _scored(model: PreTrainedModel | Remembered, ids: Tensor, keep: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """(scored, vocabulary): the logits at positions keep[column] of the rows `row` of ids."""
+    if isinstance(model, Remembered):
+        return model.scored(ids, keep, row, column)
+    return _logits(model, ids, keep)[row, column]
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, keep: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -82,3 +83,25 @@ def test_a_drawing_is_of_the_kind_that_its_ending_says(vision: tuple[Path, Path,
     for name, start in (("a.png", b"\x89PNG"), ("a.SVG", b"<?xml"), ("a.pdf", b"%PDF")):
         report.plot(vision[2], tmp_path / name)
         assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["a.bayou", "tuned"], "give --data FILE, or --tasks NAMES, or both"),
+        (["a.bayou", "--data", "a.txt"], "--data compares with the fine-tune: give it after the file"),
+        (["a.bayou", "tuned", "--data", "a.txt", "--limit", "3"], "say how to run --tasks; give some"),
+        (["a.bayou", "--tasks", "arc_easy"], r"--tasks needs lm-evaluation-harness .*pip install 'bayou\[eval\]'"),
+    ],
+)
+def test_eval_says_what_it_lacks(
+    vision: tuple[Path, Path, Path],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(vision[0].parent)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, found = run(capsys, "eval", "base", *words)
+    assert code == 1 and found["error"] == "BadInput" and re.search(message, str(found["message"]))

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from bayou import decompose
-from bayou.decompose import Matrix, svd
+from bayou.decompose import Matrix, remembering, svd
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -177,3 +177,20 @@ def test_the_iteration_finds_a_matrix_of_low_rank_exactly() -> None:
     u, s, v = svd(matrix(whole), 8)
     assert float((product(u, s, v) - whole).norm()) < 1e-5
     assert torch.allclose(s, torch.tensor([2.0, 1.0, 0.1, 0, 0, 0, 0, 0]), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40)])
+def test_remembered_eigenvectors_change_no_bit(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    matrix = Matrix(shape, lambda start, stop: whole[start:stop])
+    wanted = {rank: svd(matrix, rank) for rank in (3, 24, 7)}
+    eigh, calls = torch.linalg.eigh, []
+    monkeypatch.setattr(torch.linalg, "eigh", lambda gram: (calls.append(1), eigh(gram))[1])
+    for limit, expected in ((24 * 24 * 8, 1), (24 * 24 * 8 - 1, 3)):
+        calls.clear()
+        with remembering(limit):
+            for rank, parts in wanted.items():
+                assert all(torch.equal(*pair) for pair in zip(svd(matrix, rank), parts, strict=True))
+        assert len(calls) == expected
+    svd(matrix, 3)
+    assert len(calls) == 4  # nothing is remembered outside

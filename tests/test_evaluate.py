@@ -16,7 +16,7 @@ from pico import perturb, pico, tokenizer
 from rich.console import Console
 
 from bayou.errors import BadInput
-from bayou.evaluate import evaluate, table
+from bayou.evaluate import Remembered, evaluate, table
 
 MODULE = importlib.import_module("bayou.evaluate")  # the package's `evaluate` is the function
 
@@ -134,6 +134,29 @@ def test_small_blocks_of_logits_change_nothing(tmp_path: Path, monkeypatch: pyte
         model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel() // 128))
     agree(evaluate(reference, candidate, tokenizer(), data), whole)
     assert max(sizes) == 50 and sorted(set(sizes))[-2] <= 30  # a single row goes whatever its size
+
+
+@pytest.mark.parametrize("limit,second", [(2**30, 0), (0, 1), (128 * 4 * 30, 1)])
+def test_a_remembered_reference_runs_once(tmp_path: Path, limit: int, second: int) -> None:
+    reference, candidate = pair(tmp_path)
+    data = write(tmp_path / "a.jsonl", *ROWS)
+    wanted = evaluate(reference, candidate, tokenizer(), data, batch=2)
+    loads = []
+
+    def load_once() -> Any:
+        loads.append(1)
+        return reference
+
+    for expected in (1, second):  # a second one, as after a restart, finds in the folder what fitted
+        kept = Remembered(reference.config, load_once, tmp_path / "kept", "cpu", limit)
+        loads.clear()
+        assert evaluate(kept, candidate, tokenizer(), data, batch=2) == wanted
+        kept.release()
+        assert len(loads) == expected
+    assert sum(path.stat().st_size for path in (tmp_path / "kept").iterdir()) <= limit * 1.1
+    with pytest.raises(BadInput, match="vocabulary of 128, the candidate of 130"):
+        grown = load(perturb(tmp_path / "base", tmp_path / "grown", grow_vocab=2))
+        evaluate(kept, grown, tokenizer(), data, batch=2)
 
 
 def test_a_model_that_makes_all_its_logits(tmp_path: Path) -> None:

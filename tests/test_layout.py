@@ -43,9 +43,9 @@ ORDER = (
         "inventory",
         "restore",
     ),
-    *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
+    *("restore", "moments", "calibrate", "shelf", "attached", "borrowed", "attach", "distill", "preflight"),
     *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
-    *("sharing", "load", "share", "serving", "integrations", "benchmarks", "cli"),
+    *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
 

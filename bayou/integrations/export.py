@@ -1,7 +1,6 @@
 """`bayou export`: a .bayou file as an adapter that other programs take as they are, and what that costs."""
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bayou import skeleton
-from bayou.calibrate import read_tokenizer
+from bayou.calibrate import tokenizer_of
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput
 from bayou.evaluate import evaluate
@@ -137,10 +136,7 @@ def _compare(
     adapter: Adapter, candidate: Candidate, data: Path, rows: int | None, device: str, seed: int
 ) -> dict[str, Any]:
     """The restored fine-tune and the base with the adapter, on `data`."""
-    with tempfile.TemporaryDirectory() as folder:
-        for name in adapter.file.files:
-            (Path(folder) / name).write_bytes(adapter.file.read_file(name, adapter.base.folder))
-        tokenizer = read_tokenizer(Path(folder))
+    tokenizer = tokenizer_of({name: adapter.file.read_file(name, adapter.base.folder) for name in adapter.file.files})
     reference = skeleton.build(adapter.file.fine_tune_config(adapter.base.folder))
     places = skeleton.places(reference, adapter.file.tensors())
     skeleton.fill(reference, "", places, adapter.restorer.tensor, device=device)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import tempfile
 import threading
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from bayou.calibrate import read_tokenizer
+from bayou.calibrate import tokenizer_of
 from bayou.errors import BadFile, BadInput, BayouError
 from bayou.serving.refusals import Refused
 from bayou.sidecar import carried
@@ -192,17 +191,14 @@ class Voices:
 
 
 def _read(files: Mapping[str, bytes], whose: object) -> PreTrainedTokenizerBase:
-    with tempfile.TemporaryDirectory() as folder:
-        for name, content in files.items():
-            (Path(folder) / name).write_bytes(content)
-        try:
-            return read_tokenizer(Path(folder))
-        except BadInput as error:
-            raise BadFile(f"{whose}: {str(error).replace(folder, 'it')}") from None
-        except BayouError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exceptions for malformed files
-            raise BadFile(f"{whose}: its tokenizer cannot be loaded: {error!s:.200}") from None
+    try:
+        return tokenizer_of(files)
+    except BadInput as error:
+        raise BadFile(f"{whose}: {error}") from None
+    except BayouError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions for malformed files
+        raise BadFile(f"{whose}: its tokenizer cannot be loaded: {error!s:.200}") from None
 
 
 def _object(files: Mapping[str, bytes], name: str, whose: object) -> dict[str, Any]:
