@@ -20,7 +20,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton, workers
+from bayou import allocate, calibrate, clock, distill, exact, inventory, methods, preflight, sidecar, skeleton, workers
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.contents import Contents
 from bayou.delta import Delta, Term
@@ -89,7 +89,8 @@ def compress(
     Args:
         base, finetuned: model folders or Hub ids, or such opened; base_revision, revision: their Hub revisions.
         method: a name of `methods.names()`; options: its keyword arguments, e.g. {"bands": "8x2,3x32,2"}.
-        ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given).
+        ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given; for
+            "exact" no limit).
         budget: the same as a number of bytes. A method of one size (bitdelta) may leave some of it unused.
         accounting: "paper" takes Delta-CoMe's nominal budget instead, 16 / ratio bits a weight of each linear in
             codes alone, with embeddings and all else exact; the file is then larger than its ratio.
@@ -116,13 +117,14 @@ def compress(
         job = _Job(base, finetuned, Path(out), base_revision, revision, device, here, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
         tables = embedding_options or methods.get(method).EMBEDDINGS
+        exact.check(method, tables.get("method", method), accounting, distil)
         if accounting == "paper":
             keep = (*keep, "embeddings")
         with clock.step("take stock"):
             job.take_stock(method, chosen, tables, keep)
         if accounting == "paper":
             job.contents = replace(job.contents, sites=allocate.by_paper(job.sites, ratio or 16.0))
-        else:
+        elif not job.bit_for_bit:
             job.allocate(ratio, budget, embedding_rate)
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
@@ -131,14 +133,21 @@ def compress(
         with clock.step("hash"):
             key = job.key(windows, activations, text, distil)
         held = Journal(job.out, key, guest=not here.first)
-        preflight.check_room(job.out, held.folder, job.contents.nbytes(), 3 if distil else 2)
+        # What comes of exact nobody knows yet: half of the fine-tune is a careful guess.
+        size = job.tuned.nbytes // 2 if job.bit_for_bit else job.contents.nbytes()
+        preflight.check_room(job.out, held.folder, size, 3 if distil else 2)
         if not here.first:
             here.wait()  # until the journal is there
         with held as journal:
             if here.first:
                 here.wait()
-            job.encode(journal, windows, activations)
+            if job.bit_for_bit:
+                job.encode_exactly(journal)
+            else:
+                job.encode(journal, windows, activations)
             here.wait()  # until all have read what they want of the journal, which the first one ends
+            if job.bit_for_bit:
+                job.check_limit(ratio, budget)
             gains = job.distil(journal, text, distil) if text is not None and here.first else {}
             if here.first:
                 with clock.step("write"):
@@ -186,6 +195,7 @@ class _Job:
     # ------------------------------------------------------------------------------------------ the Plan
 
     def take_stock(self, method: str, options: dict[str, Any], tables: dict[str, Any], keep: tuple[str, ...]) -> None:
+        self.bit_for_bit = exact.is_exact(method)
         base_places = skeleton.places(skeleton.build(self.base.folder), self.base.names())
         matched = inventory.match(self.base, self.tuned, base_places, self.places)
         if not matched:
@@ -225,8 +235,7 @@ class _Job:
         return self.contents.sites
 
     def allocate(self, ratio: float | None, budget: int | None, embedding_rate: float) -> None:
-        limit = budget if budget is not None else int(self.tuned.nbytes / (ratio or 16.0))
-        what = f"--budget {budget:,}" if budget is not None else f"--ratio {ratio or 16.0:g}"
+        limit, what = self._limit(ratio or 16.0, budget)
 
         def size(sites: list[SiteRecord]) -> int:
             return replace(self.contents, sites=sites).nbytes()
@@ -240,6 +249,24 @@ class _Job:
                 least,
             )
         self.contents = replace(self.contents, sites=sites)
+
+    def _limit(self, ratio: float, budget: int | None) -> tuple[int, str]:
+        """The most bytes that the file may have, and what asks for that."""
+        if budget is not None:
+            return budget, f"--budget {budget:,}"
+        return int(self.tuned.nbytes / ratio), f"--ratio {ratio:g}"
+
+    def check_limit(self, ratio: float | None, budget: int | None) -> None:
+        """Raises TooSmall where a size was asked for that the encoded sites do not keep."""
+        if ratio is None and budget is None:
+            return
+        limit, what = self._limit(ratio or 1.0, budget)
+        if (size := self.contents.nbytes()) > limit:
+            raise TooSmall(
+                f"{what} is {limit:,} bytes, but this fine-tune bit for bit takes {size:,}; ask for a larger file, or "
+                "choose another method",
+                size,
+            )
 
     # ------------------------------------------------------------------------------------------ calibration
 
@@ -286,6 +313,13 @@ class _Job:
         encoder.encode(journal, windows, activations)
         self.errors = encoder.errors
 
+    def encode_exactly(self, journal: Journal) -> None:
+        """Every site goes into the journal; the Plan is then what came of it."""
+        exact.encode(self.base, self.tuned, self.sites, journal, self.workers, self.progress)
+        sites = [exact.record(journal, index, site.name) for index, site in enumerate(self.sites)]
+        self.contents = replace(self.contents, sites=sites)
+        self.errors = dict.fromkeys(range(len(sites)), 0.0)
+
     def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:
         """Fitted gains by site; works on the file as it is so far, written beside the journal's sites."""
         draft = journal.folder / "draft.bayou"
@@ -318,6 +352,8 @@ class _Job:
         def blob(index: int) -> bytes:
             if index in gains:
                 return pack_terms(fitted(index))
+            if self.bit_for_bit:
+                return exact.blob(journal, index)
             done = journal.get(index)
             assert done is not None  # every site has been encoded by now
             return done[0]

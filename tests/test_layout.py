@@ -23,6 +23,8 @@ ORDER = (
         "clock",
         "bars",
         "packed",
+        "entropy",
+        "steps",
         "kernels",
         "delta",
         "quantize",
@@ -44,7 +46,7 @@ ORDER = (
         "restore",
     ),
     *("restore", "moments", "calibrate", "attached", "borrowed", "attach", "distill", "preflight"),
-    *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
+    *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
