@@ -226,8 +226,8 @@ class DeltaFile:
         return DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
 
     def delta(self, name: str) -> Delta:
-        """The delta of one site, checked. Raises Unsupported for one with steps, which is no sum of terms."""
-        self._check_linear(name)
+        """The delta of one site, checked. Raises Unsupported, see check_linear."""
+        self.check_linear()
         return self.with_steps(name)[0]
 
     def with_steps(self, name: str) -> tuple[Delta, memoryview]:
@@ -236,10 +236,11 @@ class DeltaFile:
         terms = unpack_terms(as_tensor(raw, torch.uint8, (site.nbytes,)), site.terms, site.shape)
         return Delta(site.shape, terms, site.reference, site.gain), memoryview(raw)[site.nbytes - site.steps :]
 
-    def _check_linear(self, name: str) -> None:
-        if self.sites[name].steps:
-            how = "as steps, which nothing multiplies by; bayou restore writes its model, bayou.load holds it whole"
-            raise Unsupported(f"{self.path} holds {name} bit for bit, {how}")
+    def check_linear(self) -> None:
+        """Raises Unsupported for a file with steps: its sites are no terms that something could be multiplied by."""
+        if self.stepped:
+            way_out = "bayou restore writes its model, bayou.load holds it whole"
+            raise Unsupported(f"{self.path} is a fine-tune bit for bit, which nothing can multiply by; {way_out}")
 
     def deltas(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Delta]:
         """The deltas of several sites on `device`, checked, by name.
@@ -259,7 +260,7 @@ class DeltaFile:
         return {name: found[name] for name in wanted}
 
     def _staged(self, name: str, staging: Staging, device: torch.device) -> Delta:
-        self._check_linear(name)
+        self.check_linear()
         site, entry = self.sites[name], self._entries[name]
         placed, digest = torch.empty(site.nbytes, dtype=torch.uint8, device=device), hashlib.sha256()
         for start in range(0, site.nbytes, PIECE):

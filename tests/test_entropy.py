@@ -105,9 +105,9 @@ def test_states_that_cannot_be_are_refused() -> None:
 
 def test_tables_that_cannot_be_are_refused() -> None:
     states, words, contexts, table = stream()
-    for change in (1, 2**16 - 1):  # one more, one less
+    for change in (1, -1):
         wrong = table.copy()
-        wrong[0, np.argmax(wrong[0])] += np.uint16(change)
+        wrong[0, np.argmax(wrong[0])] = int(wrong[0].max()) + change
         with pytest.raises(ValueError, match="sum"):
             entropy.decode(states, words, contexts, wrong)
     certain = table.copy()

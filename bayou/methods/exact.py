@@ -31,6 +31,7 @@ EXACT = True
 
 _NOMINAL = "4x16"
 _BAND = re.compile(r"([2-8])x([1-9][0-9]{0,2})")
+_FIRST = (4, 8, 16)  # ranks in 8 bits that are tried before others
 _CLIPS = (1.0, 0.85, 0.7, 0.55, 0.4)
 _TOP, _RANGE = 9, 12  # the largest scale of v is in 2^9 .. 2^10, the least that is kept 2^12 below
 
@@ -38,6 +39,7 @@ _TOP, _RANGE = 9, 12  # the largest scale of v is in 2^9 .. 2^10, the least that
 def _bands(bands: str, most: int) -> list[tuple[int, int]]:
     """[(8, 2), (4, 14)] for "8x2,4x14": bits and ranks of each block, `most` ranks in all; [] for "none"."""
     found: list[tuple[int, int]] = []
+    asked = 0
     words = [] if bands == "none" else (_NOMINAL if bands == "auto" else bands).split(",")
     for word in words:
         match = _BAND.fullmatch(word.strip())
@@ -47,7 +49,8 @@ def _bands(bands: str, most: int) -> list[tuple[int, int]]:
             )
         ranks = min(int(match[2]), most - sum(ranks for _, ranks in found))
         found += [(int(match[1]), ranks)] if ranks > 0 else []
-    if sum(ranks for _, ranks in found) > BLOCK:
+        asked += int(match[2])
+    if asked > BLOCK:
         raise BadInput(f"bands {bands!r}: more than {BLOCK} ranks, whose sum might not be exact")
     return found
 
@@ -146,8 +149,9 @@ def foretold(site: Site) -> tuple[str, tuple[Term, ...]]:
         bits_of_steps = width / 2 * torch.log2(torch.maximum(rest, 1e-3 * energy.mean())).sum()
         return float(bits_of_steps) + 8 * nbytes(layout(shape, bands=bands), shape)
 
-    recipes = ["none", *(f"4x{n}" for n in range(8, most + 8, 8)), *(f"3x{n}" for n in range(32, most + 32, 32))]
-    recipes += [f"8x{n}{rest}" for n in (4, 8, 16) for rest in ("", *(f",{recipe}" for recipe in recipes[1:]))]
+    counts = [(bits, n) for bits, step in ((4, 8), (3, 32)) for n in range(step, most + step, step)]
+    recipes = ["none", *(f"8x{first}" for first in _FIRST), *(f"{bits}x{n}" for bits, n in counts if n <= BLOCK)]
+    recipes += [f"8x{first},{bits}x{n}" for first in _FIRST for bits, n in counts if first + n <= BLOCK]
     bands = min(recipes, key=expected)
     wanted = _bands(bands, most)
     return bands, _coded(site, wanted, u) if wanted else ()
