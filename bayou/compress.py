@@ -263,7 +263,7 @@ class _Job:
         limit, what = self._limit(ratio or 1.0, budget)
         if (size := self.contents.nbytes()) > limit:
             raise TooSmall(
-                f"{what} is {limit:,} bytes, but this fine-tune bit for bit takes {size:,}; ask for a larger file, or "
+                f"{what} is {limit:,} bytes, but this fine-tune bit for bit takes {size:,} bytes; ask for a larger file, or "
                 "choose another method",
                 size,
             )

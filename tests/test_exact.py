@@ -209,7 +209,7 @@ def test_a_size_that_is_asked_for_is_kept_or_refused_with_what_it_takes(
     base, tuned, file = trio
     size = file.stat().st_size
     for asked in ({"ratio": 16}, {"budget": size - 1}):
-        with pytest.raises(TooSmall, match=f"this fine-tune bit for bit takes {size:,}") as error:
+        with pytest.raises(TooSmall, match=f"this fine-tune bit for bit takes {size:,} bytes") as error:
             compress(base, tuned, tmp_path / "b.bayou", method="exact", **asked)
         assert error.value.least == size
     assert list(tmp_path.iterdir()) == []

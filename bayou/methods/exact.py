@@ -1,9 +1,9 @@
 """The fine-tune bit for bit: low rank foretells it, and entropy-coded steps between neighbouring floats do the rest.
 
 What the encoder of a site gives here are only the terms that foretell; bayou.exact adds the steps (bayou.steps), coded
-by rANS (Duda 2013, arXiv 1311.2540). Steps from the base alone are what FM-Delta (NeurIPS 2024) codes, and ZipNN (arXiv
-2411.05239) the bytes of the xor. But a delta's first directions hold much of its energy in few bytes, and where what is
-left is half as large, a step takes a bit less.
+by rANS (Duda 2013, arXiv 1311.2540). Steps from the base alone are what FM-Delta (NeurIPS 2024) codes, and ZipNN the
+bytes of the xor (arXiv 2411.05239). But a delta's first directions hold much of its energy in few bytes, and where what
+is left is half as large, a step takes a bit less.
 
 Both sides must foretell the same bits, in whatever order they sum. So u's codes have no scales and v's one a rank, all
 within 2^13 of each other; the gain is a power of two; and every product and sum is exact in fp64:
