@@ -20,7 +20,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from bayou import allocate, calibrate, clock, distill, exact, inventory, methods, preflight, sidecar, skeleton, workers
+from bayou import (
+    allocate,
+    calibrate,
+    clock,
+    coded,
+    distill,
+    exact,
+    inventory,
+    methods,
+    preflight,
+    sidecar,
+    skeleton,
+    workers,
+)
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.contents import Contents
 from bayou.delta import Delta, Term
@@ -78,6 +91,7 @@ def compress(
     length: int = 512,
     activations: Literal["finetuned", "compressed"] = "finetuned",
     distill_steps: int | None = None,
+    entropy: bool = False,
     seed: int = 0,
     device: str = "cpu",
     base_revision: str | None = None,
@@ -101,6 +115,8 @@ def compress(
             on a GPU unless given; length: of a window.
         activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
         distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
+        entropy: code the terms' bytes by their entropy: the file is then smaller than asked for, a tenth or more, and
+            takes a little longer to load. "exact" does so always.
         device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
             share out the matrices, "cuda" being a GPU for each; the file is that of a single process.
 
@@ -135,7 +151,7 @@ def compress(
         held = Journal(job.out, key, guest=not here.first)
         # What comes of exact nobody knows yet: half of the fine-tune is a careful guess.
         size = job.tuned.nbytes // 2 if job.bit_for_bit else job.contents.nbytes()
-        preflight.check_room(job.out, held.folder, size, 3 if distil else 2)
+        preflight.check_room(job.out, held.folder, size, 3 if distil or entropy else 2)
         if not here.first:
             here.wait()  # until the journal is there
         with held as journal:
@@ -151,7 +167,7 @@ def compress(
             gains = job.distil(journal, text, distil) if text is not None and here.first else {}
             if here.first:
                 with clock.step("write"):
-                    job.write(journal, job.out, gains)
+                    job.write(journal, job.out, gains, entropy and not job.bit_for_bit)
                 journal.finish()
             here.wait()
         size = job.out.stat().st_size
@@ -263,8 +279,8 @@ class _Job:
         limit, what = self._limit(ratio or 1.0, budget)
         if (size := self.contents.nbytes()) > limit:
             raise TooSmall(
-                f"{what} is {limit:,} bytes, but this fine-tune bit for bit takes {size:,} bytes; ask for a larger file, or "
-                "choose another method",
+                f"{what} is {limit:,} bytes, but this fine-tune bit for bit takes {size:,} bytes; ask for a larger "
+                "file, or choose another method",
                 size,
             )
 
@@ -342,8 +358,11 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ the file
 
-    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]]) -> int:
-        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes."""
+    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]], small: bool = False) -> int:
+        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes.
+
+        small: with coded terms, which lie in the journal until then: the header comes first and has their sizes.
+        """
 
         def fitted(index: int) -> tuple[Term, ...]:
             terms = stored_delta(journal, index, self.sites[index]).terms
@@ -352,8 +371,9 @@ class _Job:
         def blob(index: int) -> bytes:
             if index in gains:
                 return pack_terms(fitted(index))
-            if self.bit_for_bit:
-                return exact.blob(journal, index)
+            return exact.blob(journal, index) if self.bit_for_bit else held(index)
+
+        def held(index: int) -> bytes:
             done = journal.get(index)
             assert done is not None  # every site has been encoded by now
             return done[0]
@@ -362,7 +382,11 @@ class _Job:
             site = self.sites[index]
             matrix = inventory.delta_matrix(site, self.base, self.tuned, "cpu")
             self.errors[index] = inventory.relative_error(matrix, Delta(site.shape, fitted(index)))
-        return self.contents.write(path, blob, [self.errors[i] for i in range(len(self.sites))])
+        count, errors = len(self.sites), [self.errors[i] for i in range(len(self.sites))]
+        if not small:
+            return self.contents.write(path, blob, errors)
+        sites = coded.shrink(self.sites, blob, lambda index, raw: journal.put(count + index, raw, errors[index]))
+        return replace(self.contents, sites=sites).write(path, lambda index: held(count + index), errors)
 
     def errors_by_role(self) -> dict[str, float]:
         """Root mean square over sites, weighted by their numbers of weights."""

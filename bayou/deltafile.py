@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayou import plan, sidecar, steps
+from bayou import coded, plan, sidecar, steps
 from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, read_into, resolve
-from bayou.contents import FILE_PREFIX, FORMAT, STEPS_VERSION, VERSION
+from bayou.contents import CODED_VERSION, FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
 from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
@@ -82,7 +82,7 @@ class DeltaFile:
         if metadata.get("format") != FORMAT or names[-2:] != [".digests", ".root"]:
             raise BadFile(f"{self.path} is not a .bayou file (its metadata do not say format=bayou)")
         version = metadata.get("version", "")
-        if version.split(".")[0] not in (VERSION, STEPS_VERSION):
+        if version.split(".")[0] not in (VERSION, CODED_VERSION):
             raise BadFile(
                 f"{self.path} is of format version {version!r}; this Bayou reads 1 and 2; install a newer Bayou"
             )
@@ -126,14 +126,12 @@ class DeltaFile:
             raise BadFile(f"{self.path}: the Plan is not well-formed")
         self.sites = {site.name: site for site in plan.loads(metadata["plan"], names[:count])}
         self.stepped = any(site.steps for site in self.sites.values())
-        if self.stepped and metadata["version"].split(".")[0] == VERSION:
-            raise BadFile(f"{self.path} has sites with steps, but is of version {VERSION}")
+        if any(s.steps or s.coded for s in self.sites.values()) and metadata["version"].split(".")[0] == VERSION:
+            raise BadFile(f"{self.path} has sites with steps or coded terms, but is of version {VERSION}")
         for name, site in self.sites.items():
-            entry = self._entries[name]
-            if entry.dtype != "U8" or entry.stop - entry.start != site.nbytes or site.dtype not in DTYPES:
-                raise BadFile(
-                    f"{self.path}: entry {name!r} has {entry.stop - entry.start:,} bytes, its Plan says {site.nbytes:,}"
-                )
+            size, word = self.entry_nbytes(name), self._entries[name].dtype
+            if word != "U8" or size != site.nbytes or site.dtype not in DTYPES:
+                raise BadFile(f"{self.path}: entry {name!r} has {size:,} bytes, its Plan says {site.nbytes:,}")
             if prod(site.shape) > _MAX_ELEMENTS:
                 raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
         self.exact = [name for name in names[count:] if not name.startswith(".")]
@@ -233,14 +231,14 @@ class DeltaFile:
     def with_steps(self, name: str) -> tuple[Delta, memoryview]:
         """The delta of one site, checked, and the steps that follow when it has been restored (empty for none)."""
         site, raw = self.sites[name], self.read_raw(name)
-        terms = unpack_terms(as_tensor(raw, torch.uint8, (site.nbytes,)), site.terms, site.shape)
+        terms = coded.terms(raw, site, f"{self.path}: {name}")
         return Delta(site.shape, terms, site.reference, site.gain), memoryview(raw)[site.nbytes - site.steps :]
 
     def check_linear(self) -> None:
         """Raises Unsupported for a file with steps: its sites are no terms that something could be multiplied by."""
+        way_out = "which nothing can multiply by; bayou restore writes its model, bayou.load holds it whole"
         if self.stepped:
-            way_out = "bayou restore writes its model, bayou.load holds it whole"
-            raise Unsupported(f"{self.path} is a fine-tune bit for bit, which nothing can multiply by; {way_out}")
+            raise Unsupported(f"{self.path} is a fine-tune bit for bit, {way_out}")
 
     def deltas(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Delta]:
         """The deltas of several sites on `device`, checked, by name.
@@ -253,7 +251,9 @@ class DeltaFile:
         staging = None if device.type == "cpu" else Staging(device)
 
         def one(name: str) -> Delta:
-            return self.delta(name) if staging is None else self._staged(name, staging, device)
+            if staging is None or self.sites[name].coded:
+                return self.delta(name).to(device)
+            return self._staged(name, staging, device)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "load") as pool:
             found = dict(zip(order, pool.map(one, order), strict=True))

@@ -6,7 +6,7 @@ bytes of the stream are lost to each. A context's symbols have integer frequenci
 symbols", states the decoder.
 
 General libraries were looked at: zlib and zstd know nothing of a number's context, by which the steps of `exact` gain a
-fifth, and constriction's formats are a Rust library's own. bench/entropy.py measures.
+fifth, and constriction's formats are a Rust library's own. bench/lossless.py measures.
 """
 
 import numpy as np
@@ -28,10 +28,10 @@ Frequencies = NDArray[np.uint16]
 def lanes_for(count: int, bits: float) -> int:
     """How many lanes `count` symbols of together `bits` bits are given: a lane's end costs about 3 bytes.
 
-    One in 6400 bits, which keeps that below .5 %; but no fewer than one in 16384 symbols, below which numpy's loops are
-    short and slow, whatever little the symbols take.
+    One in 9600 bits, which keeps that to a quarter of a percent; but no fewer than one in 16384 symbols, below which
+    numpy's loops are short and slow, whatever little the symbols take.
     """
-    return max(1, min(MAX_LANES, count, int(max(bits / 6400, count / 16384))))
+    return max(1, min(MAX_LANES, count, int(max(bits / 9600, count / 16384))))
 
 
 def frequencies(counts: NDArray[np.int64]) -> Frequencies:

@@ -11,7 +11,7 @@ from math import prod
 
 from torch import Tensor
 
-from bayou import clock, inventory, methods, plan, steps
+from bayou import clock, coded, inventory, methods, plan, steps
 from bayou.checkpoint import DTYPES, Checkpoint
 from bayou.delta import Delta
 from bayou.encoder import Progress
@@ -99,4 +99,7 @@ def _encoded(site: SiteRecord, base: Checkpoint, tuned: Checkpoint) -> tuple[Sit
     with clock.step("code steps"):
         section = steps.encode(chunks(), site.shape[1])
     layouts = tuple(methods.layout_of(term) for term in terms)
-    return replace(site, options=options, terms=layouts, steps=len(section)), pack_terms(terms) + section
+    raw = pack_terms(terms)
+    small = coded.encode(raw, layouts, site.shape)
+    found = replace(site, options=options, terms=layouts, steps=len(section), coded=len(small or b""))
+    return found, (raw if small is None else small) + section

@@ -9,7 +9,8 @@ a model of 200 matrices is a few hundred bytes and a number a site:
 
 in the order of the file's entries, which also give the names. A site's reference is the base's tensor of its own name
 unless it says otherwise; `null` is none, `self:NAME` is the tensor NAME of the file's own model (layer sharing).
-`"steps": N` says that N bytes of steps follow the terms (`--method exact`).
+`"steps": N` says that N bytes of steps follow the terms (`--method exact`), `"coded": N` that the terms are
+entropy-coded, in N bytes.
 """
 
 import json
@@ -48,7 +49,8 @@ class SiteRecord:
     for a convolution kernel. A tensor with rows beyond the reference's has them in an exact entry "name[rows:]".
     dtype: safetensors' word. reference: disk name in the base, or "self:" and a disk name of the file's own model, or
     None; reference_part: index along its dimension 0. gain multiplies it. steps: bytes of the steps that move what
-    reference and terms give to the fine-tune's very bits (see steps.py); 0 for none.
+    reference and terms give to the fine-tune's very bits (see steps.py); 0 for none. coded: bytes of the terms as they
+    are stored, where they are entropy-coded (see coded.py); 0 where not.
     """
 
     tensor: str
@@ -65,6 +67,7 @@ class SiteRecord:
     options: dict[str, Any] = field(hash=False)
     terms: tuple[TermLayout, ...]
     steps: int = 0
+    coded: int = 0
 
     @property
     def name(self) -> str:
@@ -84,7 +87,7 @@ class SiteRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of the entry."""
-        return nbytes(self.terms, self.shape) + self.steps
+        return (self.coded or nbytes(self.terms, self.shape)) + self.steps
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -120,6 +123,8 @@ def dumps(sites: list[SiteRecord]) -> str:
             own["gain"] = site.gain
         if site.steps:
             own["steps"] = site.steps
+        if site.coded:
+            own["coded"] = site.coded
         entries.append([known[key], own] if own else known[key])
     return json.dumps({"templates": templates, "sites": entries}, separators=(",", ":"))
 
@@ -225,6 +230,9 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
     steps = _integer(own.get("steps", 0), 0, MAX_STEPS)
     if steps and (reference is None or reference.startswith(SELF) or template["dtype"] not in STEPPED or steps % ALIGN):
         raise ValueError(f"{steps} bytes of steps for a site of {template['dtype']} and reference {reference!r:.80}")
+    coded, whole = _integer(own.get("coded", 0), 0, MAX_STEPS), nbytes(template["terms"], template["shape"])
+    if coded and (coded % ALIGN or not coded < whole <= EXPANSION * coded):
+        raise ValueError(f"{coded} bytes for terms of {whole}")
     if reference is None and (not template["terms"] or prod(template["shape"]) > MAX_UNREFERENCED):
         raise ValueError(f"site {name!r} of {template['shape']} with no reference, {len(template['terms'])} terms")
     return SiteRecord(
@@ -234,6 +242,7 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
         reference_part=reference_part,
         gain=float(gain),
         steps=steps,
+        coded=coded,
         **template,
     )
 

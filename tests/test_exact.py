@@ -144,7 +144,7 @@ def test_steps_that_cannot_be_are_refused_when_opened(
 def test_steps_in_a_file_of_version_1_or_of_another_dtype_are_refused(
     trio: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:
-    with pytest.raises(BadFile, match="sites with steps, but is of version 1"):
+    with pytest.raises(BadFile, match="sites with steps or coded terms, but is of version 1"):
         DeltaFile(forged(trio[2], tmp_path / "x.bayou", version="1"))
     parts = take_apart(trio[2])
     parts.metadata["plan"] = parts.metadata["plan"].replace('"BF16"', '"F64"')

@@ -38,6 +38,7 @@ ORDER = (
         "sidecar",
         "contents",
         "entry",
+        "coded",
         "staging",
         "deltafile",
         "journal",
