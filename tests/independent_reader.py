@@ -51,7 +51,8 @@ def load(path):
         tensor, part = re.fullmatch(r"(.*?)(?:\[(0|[1-9][0-9]*)\])?", name).groups()
         own = own if "reference" in own else own | {"reference": tensor, "part": part and int(part)}
         data, cut = rest[name][1], len(rest.pop(name)[1]) - own.get("steps", 0)
-        sites[name] = tensor, part, template, own | {"moves": data[cut:].tobytes()}, data[:cut]
+        plain = independent_steps.inflate(data[:cut].tobytes(), template) if own.get("coded") else data[:cut]
+        sites[name] = tensor, part, template, own | {"moves": data[cut:].tobytes()}, plain
     return sites, rest, json.loads(meta["unchanged"])
 
 

@@ -37,6 +37,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "exact": ("llama_gqa", {"grow_vocab": 3}, {"method": "exact", "options": {"bands": "8x2,4x8,3x4"}}),
     "exact conv1d": ("gpt2", {}, {"method": "exact"}),
+    "coded": ("llama_gqa", {}, {"ratio": 2, "entropy": True, **FEW}),
+    "coded lowrank": ("gpt2", {}, {"method": "lowrank", "ratio": 2, "entropy": True}),
 }
 GROUPS = ("", "r", "rz", "g1", "g16z", "g32", "g128", "g128z")
 WORDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -97,6 +99,7 @@ def test_the_cases_have_what_they_are_there_for(folder: Path) -> None:
     opened = {case: DeltaFile(folder / case / "a.bayou") for case in (*CASES, "everything", "experts")}
     terms = {case: [t for name in file.sites for t in file.with_steps(name)[0].terms] for case, file in opened.items()}
     assert all(site.steps and site.terms for site in opened["exact"].sites.values())
+    assert any(site.coded for site in opened["coded"].sites.values())
     assert any(site.transposed and site.steps for site in opened["exact conv1d"].sites.values())
     assert max(len(t.blocks) for t in terms["deltacome"] if isinstance(t, LowRank)) > 1
     assert "bayou_test.position_ids" in opened["deltacome"].exact
