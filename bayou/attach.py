@@ -283,7 +283,8 @@ def load(
 
     The model is built from the fine-tune's config, so a grown vocabulary, an untied head and a
     vision-language model over a text base work. `detach` turns it into the base, but for tensors that the
-    base has not. A layer that shares another's matrix holds only what it adds (see borrowed.py).
+    base has not. A layer that shares another's matrix holds only what it adds (see borrowed.py). A file of
+    `--method exact` loads as the fine-tune itself, with nothing attached.
 
     Raises:
         WrongBase unless the base is the one that the file was made against; BadInput for none where one is
@@ -307,7 +308,7 @@ def load(
         stored = json.loads(opened.read_file("generation_config.json", folder))
         model.generation_config = GenerationConfig.from_dict(stored)
     model.name_or_path = str(opened.path if folder is None else folder)
-    if checkpoint is not None:
+    if checkpoint is not None and not opened.stepped:
         _attach(model, opened, checkpoint, borrowed.done)
     return model
 

@@ -56,6 +56,8 @@ class Borrowed:
             if lent and own is not None and self._whole_linear(own, first) and file.tail(name) is None:
                 self.factored[name] = first
         self.restored = (free | tied) - set(self.factored)
+        if file.stepped:  # the whole model as it is: what has steps is no sum that a module could compute
+            self.restored, self.factored = set(file.tensors()), {}
 
     @staticmethod
     def _whole_linear(place: Place, site: SiteRecord) -> bool:

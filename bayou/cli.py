@@ -83,6 +83,9 @@ def compress(
     distill_steps: Annotated[
         int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")
     ] = None,
+    entropy: Annotated[
+        bool, typer.Option("--entropy", help="Code by entropy: smaller, a little slower to load.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
     base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
@@ -120,6 +123,7 @@ def compress(
             length=length,
             activations=activations,  # type: ignore[arg-type]
             distill_steps=distill_steps,
+            entropy=entropy,
             seed=seed,
             device=device,
             base_revision=base_revision,

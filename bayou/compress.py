@@ -20,7 +20,20 @@ import torch
 import transformers
 from torch import Tensor
 
-from bayou import allocate, calibrate, clock, distill, inventory, methods, preflight, sidecar, skeleton, workers
+from bayou import (
+    allocate,
+    calibrate,
+    clock,
+    coded,
+    distill,
+    exact,
+    inventory,
+    methods,
+    preflight,
+    sidecar,
+    skeleton,
+    workers,
+)
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.contents import Contents
 from bayou.delta import Delta, Term
@@ -79,6 +92,7 @@ def compress(
     length: int = 512,
     activations: Literal["finetuned", "compressed"] = "finetuned",
     distill_steps: int | None = None,
+    entropy: bool = False,
     seed: int = 0,
     device: str = "cpu",
     base_revision: str | None = None,
@@ -91,7 +105,8 @@ def compress(
     Args:
         base, finetuned: model folders or Hub ids, or such opened; base_revision, revision: their Hub revisions.
         method: a name of `methods.names()`; options: its keyword arguments, e.g. {"bands": "8x2,3x32,2"}.
-        ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given).
+        ratio: the file is at most the bytes of the fine-tune's weight files over this (16 if neither is given; for
+            "exact" no limit).
         budget: the same as a number of bytes. A method of one size (bitdelta) may leave some of it unused.
         accounting: "paper" takes Delta-CoMe's nominal budget instead, 16 / ratio bits a weight of each linear in
             codes alone, with embeddings and all else exact; the file is then larger than its ratio.
@@ -102,6 +117,8 @@ def compress(
             on a GPU unless given; length: of a window.
         activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
         distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
+        entropy: code the terms' bytes by their entropy: the file is then smaller than asked for, a tenth or more, and
+            takes a little longer to load. "exact" does so always.
         device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
             share out the matrices, "cuda" being a GPU for each; the file is that of a single process.
         moments: what a calibration on the same text has found of the fine-tune's activations; spares another one.
@@ -119,13 +136,14 @@ def compress(
         job = _Job(base, finetuned, Path(out), base_revision, revision, device, here, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
         tables = embedding_options or methods.get(method).EMBEDDINGS
+        exact.check(method, tables.get("method", method), accounting, distil)
         if accounting == "paper":
             keep = (*keep, "embeddings")
         with clock.step("take stock"):
             job.take_stock(method, chosen, tables, keep)
         if accounting == "paper":
             job.contents = replace(job.contents, sites=allocate.by_paper(job.sites, ratio or 16.0))
-        else:
+        elif not job.bit_for_bit:
             job.allocate(ratio, budget, embedding_rate)
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
@@ -138,18 +156,25 @@ def compress(
         with clock.step("hash"):
             key = job.key(windows, activations, text, distil)
         held = Journal(job.out, key, guest=not here.first)
-        preflight.check_room(job.out, held.folder, job.contents.nbytes(), 3 if distil else 2)
+        # What comes of exact nobody knows yet: half of the fine-tune is a careful guess.
+        size = job.tuned.nbytes // 2 if job.bit_for_bit else job.contents.nbytes()
+        preflight.check_room(job.out, held.folder, size, 3 if distil or entropy else 2)
         if not here.first:
             here.wait()  # until the journal is there
         with held as journal:
             if here.first:
                 here.wait()
-            job.encode(journal, windows, activations, moments)
+            if job.bit_for_bit:
+                job.encode_exactly(journal)
+            else:
+                job.encode(journal, windows, activations, moments)
             here.wait()  # until all have read what they want of the journal, which the first one ends
+            if job.bit_for_bit:
+                job.check_limit(ratio, budget)
             gains = job.distil(journal, text, distil) if text is not None and here.first else {}
             if here.first:
                 with clock.step("write"):
-                    job.write(journal, job.out, gains)
+                    job.write(journal, job.out, gains, entropy and not job.bit_for_bit)
                 journal.finish()
             here.wait()
         size = job.out.stat().st_size
@@ -193,6 +218,7 @@ class _Job:
     # ------------------------------------------------------------------------------------------ the Plan
 
     def take_stock(self, method: str, options: dict[str, Any], tables: dict[str, Any], keep: tuple[str, ...]) -> None:
+        self.bit_for_bit = exact.is_exact(method)
         base_places = skeleton.places(skeleton.build(self.base.folder), self.base.names())
         matched = inventory.match(self.base, self.tuned, base_places, self.places)
         if not matched:
@@ -232,8 +258,7 @@ class _Job:
         return self.contents.sites
 
     def allocate(self, ratio: float | None, budget: int | None, embedding_rate: float) -> None:
-        limit = budget if budget is not None else int(self.tuned.nbytes / (ratio or 16.0))
-        what = f"--budget {budget:,}" if budget is not None else f"--ratio {ratio or 16.0:g}"
+        limit, what = self._limit(ratio or 16.0, budget)
 
         def size(sites: list[SiteRecord]) -> int:
             return replace(self.contents, sites=sites).nbytes()
@@ -247,6 +272,18 @@ class _Job:
                 least,
             )
         self.contents = replace(self.contents, sites=sites)
+
+    def _limit(self, ratio: float, budget: int | None) -> tuple[int, str]:
+        """The most bytes that the file may have, and what asks for that."""
+        if budget is not None:
+            return budget, f"--budget {budget:,}"
+        return int(self.tuned.nbytes / ratio), f"--ratio {ratio:g}"
+
+    def check_limit(self, ratio: float | None, budget: int | None) -> None:
+        """Raises TooSmall where a size was asked for that the encoded sites do not keep."""
+        if ratio is None and budget is None:
+            return
+        exact.check_size(self.contents.nbytes(), *self._limit(ratio or 1.0, budget))
 
     # ------------------------------------------------------------------------------------------ calibration
 
@@ -293,6 +330,12 @@ class _Job:
         encoder.encode(journal, windows, activations, moments)
         self.errors = encoder.errors
 
+    def encode_exactly(self, journal: Journal) -> None:
+        """Every site goes into the journal; the Plan is then what came of it."""
+        sites = exact.encode(self.base, self.tuned, self.sites, journal, self.workers, self.progress)
+        self.contents = replace(self.contents, sites=sites)
+        self.errors = dict.fromkeys(range(len(sites)), 0.0)
+
     def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:
         """Fitted gains by site; works on the file as it is so far, written beside the journal's sites."""
         draft = journal.folder / "draft.bayou"
@@ -315,8 +358,11 @@ class _Job:
 
     # ------------------------------------------------------------------------------------------ the file
 
-    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]]) -> int:
-        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes."""
+    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]], small: bool = False) -> int:
+        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes.
+
+        small: with coded terms, which lie in the journal until then: the header comes first and has their sizes.
+        """
 
         def fitted(index: int) -> tuple[Term, ...]:
             terms = stored_delta(journal, index, self.sites[index]).terms
@@ -325,6 +371,9 @@ class _Job:
         def blob(index: int) -> bytes:
             if index in gains:
                 return pack_terms(fitted(index))
+            return exact.blob(journal, index) if self.bit_for_bit else held(index)
+
+        def held(index: int) -> bytes:
             done = journal.get(index)
             assert done is not None  # every site has been encoded by now
             return done[0]
@@ -333,7 +382,11 @@ class _Job:
             site = self.sites[index]
             matrix = inventory.delta_matrix(site, self.base, self.tuned, "cpu")
             self.errors[index] = inventory.relative_error(matrix, Delta(site.shape, fitted(index)))
-        return self.contents.write(path, blob, [self.errors[i] for i in range(len(self.sites))])
+        count, errors = len(self.sites), [self.errors[i] for i in range(len(self.sites))]
+        if not small:
+            return self.contents.write(path, blob, errors)
+        sites = coded.shrink(self.sites, blob, lambda index, raw: journal.put(count + index, raw, errors[index]))
+        return replace(self.contents, sites=sites).write(path, lambda index: held(count + index), errors)
 
     def errors_by_role(self) -> dict[str, float]:
         """Root mean square over sites, weighted by their numbers of weights."""

@@ -13,7 +13,8 @@ from bayou import plan
 from bayou.checkpoint import DTYPES, Output, as_bytes, header_bytes, write_safetensors
 from bayou.plan import SiteRecord
 
-FORMAT, VERSION = "bayou", "1"
+FORMAT, VERSION, CODED_VERSION = "bayou", "1", "2"
+"""A file is of version 1 unless a site has steps or coded terms: then older readers must refuse it."""
 FILE_PREFIX = ".file."
 
 
@@ -50,7 +51,7 @@ class Contents:
         base = {"id": self.base_id, "revision": self.revision, "root": root}
         return {
             "format": FORMAT,
-            "version": VERSION,
+            "version": CODED_VERSION if any(site.steps or site.coded for site in self.sites) else VERSION,
             "base": json.dumps(base, separators=(",", ":")),
             "plan": plan.dumps(self.sites),
             "unchanged": json.dumps(self.unchanged, separators=(",", ":")),

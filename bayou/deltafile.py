@@ -1,7 +1,7 @@
 """The .bayou file: written once, atomically; read lazily, every byte checked. README.md specifies it byte by byte.
 
     8 bytes, header    safetensors; __metadata__ has format, version, base, plan, unchanged, files
-    sites              one U8 entry a coded matrix, in the Plan's order: its terms, every section on 16 bytes
+    sites              one U8 entry a coded matrix, in the Plan's order: its terms, every section on 16 bytes; its steps
     exact tensors      in their own dtypes, under their own names ("name[rows:]": the rows that a vocabulary grew by)
     .fidelity          F16: relative Frobenius error of each site's delta
     .base              32 bytes a base tensor used: its fingerprint
@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bayou import plan, sidecar
+from bayou import coded, plan, sidecar, steps
 from bayou.checkpoint import DTYPES, Checkpoint, as_tensor, read_bytes, read_header, read_into, resolve
-from bayou.contents import FILE_PREFIX, FORMAT, VERSION
+from bayou.contents import CODED_VERSION, FILE_PREFIX, FORMAT, VERSION
 from bayou.delta import Delta
 from bayou.entry import unpack_terms
 from bayou.errors import BadFile, BadInput, DamagedFile, Unsupported, WrongBase
@@ -55,7 +55,7 @@ class DeltaFile:
     """A .bayou file, opened: header, digests and small entries checked at once, tensors when they are read.
 
     sites: coded matrices by entry name. exact: names of exact entries. unchanged: tensors that equal the base's.
-    base: {"id", "revision", "root"}. Raises BadFile, DamagedFile.
+    base: {"id", "revision", "root"}. stepped: whether some site has steps. Raises BadFile, DamagedFile.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -82,9 +82,9 @@ class DeltaFile:
         if metadata.get("format") != FORMAT or names[-2:] != [".digests", ".root"]:
             raise BadFile(f"{self.path} is not a .bayou file (its metadata do not say format=bayou)")
         version = metadata.get("version", "")
-        if version.split(".")[0] != VERSION:
+        if version.split(".")[0] not in (VERSION, CODED_VERSION):
             raise BadFile(
-                f"{self.path} is of format version {version!r}; this Bayou reads {VERSION}; install a newer Bayou"
+                f"{self.path} is of format version {version!r}; this Bayou reads 1 and 2; install a newer Bayou"
             )
         digests = bytes(read_bytes(self._file, entries[".digests"].start, entries[".digests"].stop))
         root = bytes(read_bytes(self._file, entries[".root"].start, entries[".root"].stop))
@@ -125,12 +125,13 @@ class DeltaFile:
         if not 0 <= count <= len(names):
             raise BadFile(f"{self.path}: the Plan is not well-formed")
         self.sites = {site.name: site for site in plan.loads(metadata["plan"], names[:count])}
+        self.stepped = any(site.steps for site in self.sites.values())
+        if any(s.steps or s.coded for s in self.sites.values()) and metadata["version"].split(".")[0] == VERSION:
+            raise BadFile(f"{self.path} has sites with steps or coded terms, but is of version {VERSION}")
         for name, site in self.sites.items():
-            entry = self._entries[name]
-            if entry.dtype != "U8" or entry.stop - entry.start != site.nbytes or site.dtype not in DTYPES:
-                raise BadFile(
-                    f"{self.path}: entry {name!r} has {entry.stop - entry.start:,} bytes, its Plan says {site.nbytes:,}"
-                )
+            size, word = self.entry_nbytes(name), self._entries[name].dtype
+            if word != "U8" or size != site.nbytes or site.dtype not in DTYPES:
+                raise BadFile(f"{self.path}: entry {name!r} has {size:,} bytes, its Plan says {site.nbytes:,}")
             if prod(site.shape) > _MAX_ELEMENTS:
                 raise BadFile(f"{self.path}: site {name!r} claims a matrix of {site.shape}")
         self.exact = [name for name in names[count:] if not name.startswith(".")]
@@ -223,10 +224,21 @@ class DeltaFile:
         return DamagedFile(f"{self.path}: entry {name!r} is damaged (its sha256 is not the one that was written)")
 
     def delta(self, name: str) -> Delta:
-        """The delta of one site, checked."""
-        site = self.sites[name]
-        buffer = as_tensor(self.read_raw(name), torch.uint8, (site.nbytes,))
-        return Delta(site.shape, unpack_terms(buffer, site.terms, site.shape), site.reference, site.gain)
+        """The delta of one site, checked. Raises Unsupported, see check_linear."""
+        self.check_linear()
+        return self.with_steps(name)[0]
+
+    def with_steps(self, name: str) -> tuple[Delta, memoryview]:
+        """The delta of one site, checked, and the steps that follow when it has been restored (empty for none)."""
+        site, raw = self.sites[name], self.read_raw(name)
+        terms = coded.terms(raw, site, f"{self.path}: {name}")
+        return Delta(site.shape, terms, site.reference, site.gain), memoryview(raw)[site.nbytes - site.steps :]
+
+    def check_linear(self) -> None:
+        """Raises Unsupported for a file with steps: its sites are no terms that something could be multiplied by."""
+        way_out = "which nothing can multiply by; bayou restore writes its model, bayou.load holds it whole"
+        if self.stepped:
+            raise Unsupported(f"{self.path} is a fine-tune bit for bit, {way_out}")
 
     def deltas(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Delta]:
         """The deltas of several sites on `device`, checked, by name.
@@ -239,13 +251,16 @@ class DeltaFile:
         staging = None if device.type == "cpu" else Staging(device)
 
         def one(name: str) -> Delta:
-            return self.delta(name) if staging is None else self._staged(name, staging, device)
+            if staging is None or self.sites[name].coded:
+                return self.delta(name).to(device)
+            return self._staged(name, staging, device)
 
         with ThreadPoolExecutor(min(16, os.cpu_count() or 1), "load") as pool:
             found = dict(zip(order, pool.map(one, order), strict=True))
         return {name: found[name] for name in wanted}
 
     def _staged(self, name: str, staging: Staging, device: torch.device) -> Delta:
+        self.check_linear()
         site, entry = self.sites[name], self._entries[name]
         placed, digest = torch.empty(site.nbytes, dtype=torch.uint8, device=device), hashlib.sha256()
         for start in range(0, site.nbytes, PIECE):
@@ -350,8 +365,10 @@ class DeltaFile:
             self.read_raw(name)
             if progress is not None:
                 progress("entries", done + 1, len(self._entries))
-        for name in self.sites:
-            self.delta(name)
+        for name, site in self.sites.items():
+            section = self.with_steps(name)[1]
+            if site.steps:
+                steps.check(section, site.shape, DTYPES[site.dtype].itemsize, f"{self.path}: {name}")
         return len(self._entries)
 
     def read_file(self, name: str, base_folder: Path | None) -> bytes:

@@ -21,7 +21,7 @@ from bayou.contents import Exact
 from bayou.decompose import Matrix
 from bayou.delta import ROWS, Delta
 from bayou.errors import BadInput, Unsupported
-from bayou.plan import SELF, SiteRecord
+from bayou.plan import SELF, STEPPED, SiteRecord
 from bayou.skeleton import Place
 
 LEAST_SIDE = 16
@@ -113,9 +113,10 @@ def take(
     tables: options of embeddings and heads, and "method" where they have one of their own.
     keep: words of KEEP, or regular expressions that a disk name fully matches; such tensors are stored exactly.
     Raises Unsupported, naming the tensor, for a dtype that cannot be read, and for weights that are not finite where
-    they have changed and would have to be coded.
+    they have changed and would have to be coded (a method that is exact stores such a tensor as it is).
     """
     kept = _keeper(keep)
+    stepped = bool(getattr(methods.get(method), "EXACT", False))
     sites: list[SiteRecord] = []
     exact: list[Exact] = []
     unchanged: list[str] = []
@@ -146,9 +147,10 @@ def take(
             dtype.is_floating_point
             and rows > 0
             and (same or _codable(shape, dtype, role))
+            and (same or not stepped or tuned.word(name) in STEPPED)
             and not (kept(name, role) and not same)
         )
-        if coded and not finite and not same:
+        if coded and not finite and not same and not stepped:
             raise Unsupported(
                 f"{tuned.folder}: tensor {name!r} (or the base's) holds NaN or infinite values; mend the checkpoint"
             )

@@ -9,6 +9,8 @@ a model of 200 matrices is a few hundred bytes and a number a site:
 
 in the order of the file's entries, which also give the names. A site's reference is the base's tensor of its own name
 unless it says otherwise; `null` is none, `self:NAME` is the tensor NAME of the file's own model (layer sharing).
+`"steps": N` says that N bytes of steps follow the terms (`--method exact`), `"coded": N` that the terms are
+entropy-coded, in N bytes.
 """
 
 import json
@@ -20,7 +22,7 @@ from typing import Any
 
 from bayou.errors import BadFile
 from bayou.methods import TermLayout, nbytes
-from bayou.packed import Spec
+from bayou.packed import ALIGN, Spec
 
 KINDS = ("Dense", "LowRank")
 MAX_DIMENSION = 2**27
@@ -28,6 +30,9 @@ MAX_RANK_BLOCK = 128
 SELF = "self:"
 """Begins a reference to a tensor of the file's own model."""
 MAX_DIMENSIONS = 8
+STEPPED = ("BF16", "F16", "F32")
+"""Dtypes of which a site can have steps."""
+MAX_STEPS = 2**40
 MAX_UNREFERENCED = 2**31
 """Elements of a site without a reference: no tensor of the base vouches for its size, only a few bytes of terms."""
 EXPANSION = 1024
@@ -43,7 +48,9 @@ class SiteRecord:
     disk_shape: shape of the tensor (or part) on disk; the transpose of `shape` for a Conv1D, more than two dimensions
     for a convolution kernel. A tensor with rows beyond the reference's has them in an exact entry "name[rows:]".
     dtype: safetensors' word. reference: disk name in the base, or "self:" and a disk name of the file's own model, or
-    None; reference_part: index along its dimension 0. gain multiplies it.
+    None; reference_part: index along its dimension 0. gain multiplies it. steps: bytes of the steps that move what
+    reference and terms give to the fine-tune's very bits (see steps.py); 0 for none. coded: bytes of the terms as they
+    are stored, where they are entropy-coded (see coded.py); 0 where not.
     """
 
     tensor: str
@@ -59,6 +66,8 @@ class SiteRecord:
     method: str
     options: dict[str, Any] = field(hash=False)
     terms: tuple[TermLayout, ...]
+    steps: int = 0
+    coded: int = 0
 
     @property
     def name(self) -> str:
@@ -78,7 +87,7 @@ class SiteRecord:
     @property
     def nbytes(self) -> int:
         """Bytes of the entry."""
-        return nbytes(self.terms, self.shape)
+        return (self.coded or nbytes(self.terms, self.shape)) + self.steps
 
 
 def split_name(name: str) -> tuple[str, int | None]:
@@ -112,6 +121,10 @@ def dumps(sites: list[SiteRecord]) -> str:
                 own["part"] = site.reference_part
         if site.gain != 1.0:
             own["gain"] = site.gain
+        if site.steps:
+            own["steps"] = site.steps
+        if site.coded:
+            own["coded"] = site.coded
         entries.append([known[key], own] if own else known[key])
     return json.dumps({"templates": templates, "sites": entries}, separators=(",", ":"))
 
@@ -214,6 +227,12 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
     if not isinstance(gain, (int, float)) or isinstance(gain, bool) or gain != gain or abs(gain) > 1e30:
         raise ValueError(f"gain {gain!r}")
     template = templates[_integer(index, 0, len(templates) - 1)]
+    steps = _integer(own.get("steps", 0), 0, MAX_STEPS)
+    if steps and (reference is None or reference.startswith(SELF) or template["dtype"] not in STEPPED or steps % ALIGN):
+        raise ValueError(f"{steps} bytes of steps for a site of {template['dtype']} and reference {reference!r:.80}")
+    coded, whole = _integer(own.get("coded", 0), 0, MAX_STEPS), nbytes(template["terms"], template["shape"])
+    if coded and (coded % ALIGN or not coded < whole <= EXPANSION * coded):
+        raise ValueError(f"{coded} bytes for terms of {whole}")
     if reference is None and (not template["terms"] or prod(template["shape"]) > MAX_UNREFERENCED):
         raise ValueError(f"site {name!r} of {template['shape']} with no reference, {len(template['terms'])} terms")
     return SiteRecord(
@@ -222,6 +241,8 @@ def _site(name: str, entry: Any, templates: list[dict[str, Any]]) -> SiteRecord:
         reference=reference,
         reference_part=reference_part,
         gain=float(gain),
+        steps=steps,
+        coded=coded,
         **template,
     )
 

@@ -47,7 +47,7 @@ def inspect(file: str | Path) -> dict[str, Any]:
     kinds: dict[str, Kind] = {}
     sites = []
     for name, site in opened.sites.items():
-        kind = kinds.setdefault(site.role if site.terms else "equal but for the dtype", Kind())
+        kind = kinds.setdefault(site.role if site.terms or site.steps else "equal but for the dtype", Kind())
         weights = site.shape[0] * site.shape[1]
         rank = sum(part[0] for term in site.terms for part in term.parts)
         kind.tensors += 1
@@ -101,14 +101,19 @@ def inspect(file: str | Path) -> dict[str, Any]:
 
 
 def parameters(opened: DeltaFile) -> int:
-    """Numbers that a file holds: those of its exact tensors and of its sites' terms; scales and gains do not count."""
+    """Numbers that a file holds: those of its exact tensors, of its sites with steps, and of other sites' terms.
+
+    Scales and gains do not count.
+    """
     exact = sum(prod(opened.exact_shape(name)) for name in opened.exact)
-    terms = ((term, site.shape) for site in opened.sites.values() for term in site.terms)
+    exact += sum(prod(site.shape) for site in opened.sites.values() if site.steps)
+    terms = ((term, site.shape) for site in opened.sites.values() for term in site.terms if not site.steps)
     return exact + sum(prod(size) for term, shape in terms for _, size in term.matrices(shape))
 
 
 def _formats(site: SiteRecord) -> list[str]:
-    return [word for term in site.terms for _, u, v in term.parts for word in (u, v) if word]
+    words = [word for term in site.terms for _, u, v in term.parts for word in (u, v) if word]
+    return [*words, "steps"] if site.steps else words
 
 
 def table(found: dict[str, Any]) -> Group:

@@ -1,7 +1,7 @@
 """From the base and a .bayou file back to an ordinary Hugging Face checkpoint, loadable by anything.
 
 Tensor by tensor: gain * reference + terms, summed in fp64 and rounded once to the fine-tune's dtype; exact and
-unchanged tensors bit for bit. The base is checked before the first byte is written.
+unchanged tensors, and sites with steps, bit for bit. The base is checked before the first byte is written.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bayou import steps
 from bayou.checkpoint import DTYPES, Checkpoint, Output, atomic, write_safetensors
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadFile, BadInput, disk_error
@@ -82,7 +83,11 @@ class Restorer:
             reference = oriented(self._anchor[1], site.reference_part, site)
         elif site.reference is not None:
             reference = read_matrix(self._leaned_on(), site.reference, site.reference_part, site, 0, site.shape[0])
-        weight = self._file.delta(entry).restore(reference, dtype)
+        delta, section = self._file.with_steps(entry)
+        weight = delta.restore(reference, DTYPES[site.dtype] if site.steps else dtype)
+        if site.steps:  # between floats of the fine-tune's own dtype
+            steps.move(section, weight, f"{self._file.path}: {entry}")
+            weight = weight.to(dtype)
         return (weight.T if site.transposed else weight).reshape(site.disk_shape).contiguous()
 
     def tensor(self, name: str, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from functools import reduce
 from io import BytesIO
 from pathlib import Path
 
+import independent_steps
 import numpy as np
 
 NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bf16: its raw bits
@@ -39,7 +40,7 @@ def safetensors(path):
 def load(path):
     """The coded matrices as name -> (tensor, part, template, own, bytes), the other entries, and `unchanged`."""
     meta, rest, head = safetensors(path)
-    check(meta["format"] == "bayou" and meta["version"].split(".")[0] == "1", "not a .bayou file of version 1")
+    check(meta["format"] == "bayou" and meta["version"].split(".")[0] in "12", "not a .bayou file of version 1 or 2")
     (_, root), (_, digests) = rest.pop(".root"), rest.pop(".digests")
     check(hashlib.sha256(head + digests.tobytes()).digest() == root.tobytes(), "root")
     check(b"".join(hashlib.sha256(a).digest() for _, a in rest.values()) == digests.tobytes(), "digests")
@@ -49,7 +50,9 @@ def load(path):
         template = {"disk": plan["templates"][t]["shape"], "transposed": False} | plan["templates"][t]
         tensor, part = re.fullmatch(r"(.*?)(?:\[(0|[1-9][0-9]*)\])?", name).groups()
         own = own if "reference" in own else own | {"reference": tensor, "part": part and int(part)}
-        sites[name] = tensor, part, template, own, rest.pop(name)[1]
+        data, cut = rest[name][1], len(rest.pop(name)[1]) - own.get("steps", 0)
+        plain = independent_steps.inflate(data[:cut].tobytes(), template) if own.get("coded") else data[:cut]
+        sites[name] = tensor, part, template, own | {"moves": data[cut:].tobytes()}, plain
     return sites, rest, json.loads(meta["unchanged"])
 
 
@@ -123,7 +126,9 @@ def matrix(template, own, data, base):
         check(array.shape[1:] == disk[1:] and len(array) >= disk[0], "shape of the reference")
         addends.append(own.get("gain", 1) * widen(turn(array[: disk[0]]).reshape(template["shape"]), dtype))
     total = reduce(np.add, addends) if addends else np.zeros(template["shape"])
-    return turn(narrow(total, template["dtype"])).reshape(disk)
+    total = narrow(total, template["dtype"])
+    total = independent_steps.move(total, template["dtype"], own["moves"]) if own.get("moves") else total
+    return turn(total).reshape(disk)
 
 
 def restore(path, base_folder=None):

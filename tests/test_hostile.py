@@ -73,7 +73,7 @@ HOSTILE: dict[str, Forge] = {
     "another format": metadata("format", "pt"),
     "no format": metadata("format", None),
     "no version": metadata("version", None),
-    "an unknown version": metadata("version", "2"),
+    "an unknown version": metadata("version", "3"),
     "an unknown version with a point": metadata("version", "10.1"),
     "no plan": metadata("plan", None),
     "a plan that is no JSON": metadata("plan", "{"),
@@ -263,14 +263,15 @@ def test_a_model_a_folder_and_nothing_are_refused(made: Made, tmp_path: Path) ->
 
 def test_a_later_version_is_refused_with_the_way_out(made: Made, tmp_path: Path) -> None:
     forged = take_apart(made.file)
-    forged.metadata["version"] = "2.0"
+    forged.metadata["version"] = "3.0"
     (tmp_path / "x.bayou").write_bytes(forged.pack())
-    with pytest.raises(BadFile, match=r"of format version '2\.0'; this Bayou reads 1; install a newer Bayou"):
+    with pytest.raises(BadFile, match=r"of format version '3\.0'; this Bayou reads 1 and 2; install a newer Bayou"):
         DeltaFile(tmp_path / "x.bayou")
-    forged.metadata["version"] = "1.7"  # of the same major version: what is new may be ignored
     forged.entries.append(Entry(".later", "U8", [1], b"x"))
-    (tmp_path / "x.bayou").write_bytes(forged.pack())
-    verify(tmp_path / "x.bayou")
+    for version in ("1.7", "2.7"):  # of a known major version: what is new may be ignored
+        forged.metadata["version"] = version
+        (tmp_path / "x.bayou").write_bytes(forged.pack())
+        verify(tmp_path / "x.bayou")
 
 
 def test_a_hostile_config_is_a_bad_file(made: Made, tmp_path: Path) -> None:

@@ -7,9 +7,11 @@ import sys
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import independent_reader
+import independent_steps
 import numpy as np
 import pico
 import pytest
@@ -33,6 +35,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"grow_vocab": 3},
         {"method": "lowrank", "options": {"bits": 4}, "ratio": 2, "calibration": "none"},
     ),
+    "exact": ("llama_gqa", {"grow_vocab": 3}, {"method": "exact", "options": {"bands": "8x2,4x8,3x4"}}),
+    "exact conv1d": ("gpt2", {}, {"method": "exact"}),
+    "coded": ("llama_gqa", {}, {"ratio": 2, "entropy": True, **FEW}),
+    "coded lowrank": ("gpt2", {}, {"method": "lowrank", "ratio": 2, "entropy": True}),
 }
 GROUPS = ("", "r", "rz", "g1", "g16z", "g32", "g128", "g128z")
 WORDS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -52,7 +58,7 @@ def stored(path: Path) -> dict[str, list[tuple[np.ndarray, ...]]]:
     """What `independent_reader.factors` should give, from bayou."""
     opened, found = DeltaFile(path), {}
     for name in opened.sites:
-        terms = opened.delta(name).terms
+        terms = opened.with_steps(name)[0].terms
         blocks = [b for term in terms for b in ([(term.weight,)] if isinstance(term, Dense) else term.blocks)]
         found[name] = [tuple(packed.unpack().numpy() for packed in block) for block in blocks]
     return found
@@ -91,7 +97,10 @@ def test_a_reader_made_from_the_readme_finds_the_same_bits(folder: Path, case: s
 
 def test_the_cases_have_what_they_are_there_for(folder: Path) -> None:
     opened = {case: DeltaFile(folder / case / "a.bayou") for case in (*CASES, "everything", "experts")}
-    terms = {case: [t for name in file.sites for t in file.delta(name).terms] for case, file in opened.items()}
+    terms = {case: [t for name in file.sites for t in file.with_steps(name)[0].terms] for case, file in opened.items()}
+    assert all(site.steps and site.terms for site in opened["exact"].sites.values())
+    assert any(site.coded for site in opened["coded"].sites.values())
+    assert any(site.transposed and site.steps for site in opened["exact conv1d"].sites.values())
     assert max(len(t.blocks) for t in terms["deltacome"] if isinstance(t, LowRank)) > 1
     assert "bayou_test.position_ids" in opened["deltacome"].exact
     assert any(site.transposed for site in opened["conv1d"].sites.values())
@@ -159,13 +168,14 @@ def test_the_example_of_the_readme_is_right() -> None:
     assert [hex(found[at]) for at in ((3, 17), (0, 0), (15, 19))] == ["0xbf5a", "0xbff9", "0x4038"]
 
 
-def test_the_reader_is_short_and_shares_nothing() -> None:
-    text = Path(independent_reader.__file__).read_text()
-    assert len(text.splitlines()) <= 150
+@pytest.mark.parametrize("module", [independent_reader, independent_steps])
+def test_the_reader_is_short_and_shares_nothing(module: ModuleType) -> None:
+    text = Path(str(module.__file__)).read_text()
+    assert len(text.splitlines()) <= 160
     nodes = list(ast.walk(ast.parse(text)))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-    assert {name.partition(".")[0] for name in names} <= {"numpy", *sys.stdlib_module_names}
+    assert {name.partition(".")[0] for name in names} <= {"numpy", "independent_steps", *sys.stdlib_module_names}
 
 
 @pytest.mark.testbed

@@ -23,6 +23,8 @@ ORDER = (
         "clock",
         "bars",
         "packed",
+        "entropy",
+        "steps",
         "kernels",
         "delta",
         "quantize",
@@ -36,6 +38,7 @@ ORDER = (
         "sidecar",
         "contents",
         "entry",
+        "coded",
         "staging",
         "deltafile",
         "journal",
@@ -44,7 +47,7 @@ ORDER = (
         "restore",
     ),
     *("restore", "moments", "calibrate", "shelf", "attached", "borrowed", "attach", "distill", "preflight"),
-    *("ahead", "workers", "encoder", "compress", "evaluate", "report"),
+    *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them

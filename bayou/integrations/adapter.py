@@ -91,6 +91,7 @@ class Adapter:
             raise BadInput(f"--embeddings {embeddings}: choose {', '.join(EMBEDDINGS)}")
         preflight.check_device(device)
         self.file, self._rank = DeltaFile(file), rank
+        self.file.check_linear()
         shared = any(site.anchor is not None for site in self.file.sites.values())
         checkpoint = None if shared else self.file.lean_on(base, base_revision)
         if checkpoint is None:

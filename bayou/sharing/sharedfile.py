@@ -147,6 +147,8 @@ def nbytes(
 def check(method: str, options: dict[str, Any], anchor_bits: int | None, quantise: str) -> None:
     """Raises BadInput for ways of storing that there are not."""
     methods.check(method, options)
+    if getattr(methods.get(method), "EXACT", False):
+        raise BadInput(f"--delta-method {method} stores a fine-tune over its base, and here is none")
     if quantise not in QUANTISE or (anchor_bits is not None and not 1 <= anchor_bits <= 8):
         raise BadInput(f"--anchor-bits {anchor_bits} --quantise {quantise}: choose 1 to 8 bits, {', '.join(QUANTISE)}")
     if anchor_bits is None and quantise != "anchors":
