@@ -85,9 +85,9 @@ def test_distillation_needs_room_for_a_draft_which_goes_after_it(
     seen: list[bool] = []
     write = bayou.compress.__globals__["_Job"].write
 
-    def spied(job: Any, journal: Any, path: Path, gains: Any) -> int:
+    def spied(job: Any, journal: Any, path: Path, gains: Any, *rest: Any) -> int:
         seen.append((journal.folder / "draft.bayou").exists())
-        return write(job, journal, path, gains)
+        return write(job, journal, path, gains, *rest)
 
     monkeypatch.setattr(bayou.compress.__globals__["_Job"], "write", spied)
     size = bayou.compress(base, tuned, tmp_path / "a", **options).bytes
