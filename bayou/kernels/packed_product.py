@@ -22,14 +22,13 @@ of x, the scale is applied to the product of a group, in fp32. What multiplies x
 bits than bf16 are cut into two bf16 parts, which take two columns of the tensor core's tile that would be idle.
 """
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayou.kernels import use_triton
+from bayou.kernels import interpreted, use_triton
 from bayou.kernels.table import BLOCK, FIELDS, PROJECTIONS, Table
 from bayou.kernels.tuning import Choice, choice
 
@@ -118,7 +117,6 @@ def launch(
     target += target[-1:] * (PROJECTIONS - len(target))
     records, bounds = table.lists[stage]
     split = min(shrink.split, scratch.shape[0])
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     grid = (ends[-1], segments * row_tiles, split if stage == "shrink" else 1)
     packed_loops.product[grid](
         records,
@@ -145,8 +143,8 @@ def launch(
         SCALED=table.scaled and stage != "expand",
         STAGES=mine.stages,
         VARIANTS=table.variants[stage],
-        ASM=not interpreted and torch.version.hip is None,
-        DOT=tl.float32 if interpreted else tl.bfloat16,  # the interpreter would multiply the bits of bf16 numbers
+        ASM=not interpreted() and torch.version.hip is None,
+        DOT=tl.float32 if interpreted() else tl.bfloat16,
         num_warps=mine.warps,
         **({} if torch.version.hip else {"maxnreg": mine.registers}),
     )
