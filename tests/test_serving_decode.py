@@ -15,6 +15,7 @@ from bayou.serving.decode import Decoder
 from bayou.serving.engine import Engine, Settings
 from bayou.serving.forward import Part
 from bayou.serving.sampling import Row, Sampling
+from bayou.serving.tables import segments
 
 GREEDY = Sampling(max_tokens=12, ignore_eos=True)
 FITTING = tuple(name for name in tenants.NAMES if name != "grown")
@@ -191,9 +192,10 @@ def test_a_step_that_cannot_be_captured_is_made_without(engine: Engine, referenc
     ],
 )
 def test_segments(lines: list[int], wanted: tuple) -> None:
-    assert decode._segments(lines) == wanted
+    assert segments(lines, len(lines)) == wanted
     most, offsets, owners = wanted
     assert len(offsets) == len(lines) + 1 == len(owners) + 1
+    assert segments([7] * 17, 4) == (16, [0, 16, 17, 17, 17], [7, 7, -1, -1])
     assert all(b - a <= most for a, b, line in zip(offsets, offsets[1:], owners, strict=False) if line > 0)
 
 

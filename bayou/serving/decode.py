@@ -4,7 +4,7 @@ The rows are rounded up to a power of two by rows that are nobody's. What the st
 position, slot, the tenant's line, segments) is one copy into memory that stays where it is. Its tokens are kept on the
 device by slot, so that the next step can be launched before the host has seen them.
 
-A graph belongs to a number of rows and to the largest segment; more rows of one tenant are several segments.
+A graph belongs to a number of rows and to the largest segment, see tables.segments.
 """
 
 import contextlib
@@ -17,9 +17,7 @@ from torch import Tensor
 
 from bayou.serving.router import Router, Rows
 from bayou.serving.slots import Places, Slots
-
-_SEGMENTS = (4, 16)
-"""Rows of a segment at most: the kernels' tiles have as many. The larger ones are for tenants with many rows."""
+from bayou.serving.tables import segments
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Decoder:
         count = 1 << (len(order) - 1).bit_length()
         filled = count - len(order)
         rows = [Place(0, 0, 0, 0)] * filled + [places[i] for i in order]
-        most, offsets, lines = _segments([row.line for row in rows])
+        most, offsets, lines = segments([row.line for row in rows], count)
         self._turn ^= 1
         staged = self._staging[self._turn][: 6 * count + 1]
         told = [[row.token for row in rows], [row.position for row in rows], [row.slot for row in rows]]
@@ -165,26 +163,3 @@ class Decoder:
             graph.capture_end()
         now.wait_stream(self._stream)
         return graph, scores, kept
-
-
-def _segments(lines: Sequence[int]) -> tuple[int, list[int], list[int]]:
-    """(rows of the largest segment, or 0; the segments' first rows and the end; their lines, -1 for the base).
-
-    As many segments as rows; those that are left over are empty. lines: of the rows, sorted.
-    """
-    runs: list[tuple[int, int, int]] = []  # first row, row after the last, line
-    for i, line in enumerate(lines):
-        if runs and runs[-1][2] == line:
-            runs[-1] = runs[-1][0], i + 1, line
-        else:
-            runs.append((i, i + 1, line))
-    largest = max((stop - start for start, stop, line in runs if line), default=0)
-    most = next((size for size in _SEGMENTS if largest <= size), _SEGMENTS[-1]) if largest else 0
-    starts, owners = [], []
-    for start, stop, line in runs:
-        step = most if line else stop - start
-        for at in range(start, stop, step):
-            starts.append(at)
-            owners.append(line or -1)
-    empty = len(lines) - len(starts)
-    return most, [*starts, *[len(lines)] * (empty + 1)], [*owners, *[-1] * empty]

@@ -20,10 +20,13 @@ from bayou.serving.decode import Decoder, Flight, Place
 from bayou.serving.resident import Resident
 from bayou.serving.router import Rows, served
 from bayou.serving.sampling import Chosen, Row, Sampling, choose
+from bayou.serving.tables import segments
 
 _LOG = logging.getLogger("bayou.serving")
 _PROBES = (13, 17, 19, 23, 29, 31, 37, 41, 43)
 """Numbers of rows of the first step: one that is no other size in the model shows where its rows lie."""
+_SEGMENTS = 8
+"""Segments of a step at least: with fewer, the kernels would take tiles that they take for nothing else."""
 
 
 @dataclass(frozen=True)
@@ -210,19 +213,19 @@ class Runner:
 
     def _rows(self, parts: Sequence[Part], counts: Sequence[int], slots: Tensor) -> Rows:
         """The segments of parts that lie sorted by line."""
-        segments: list[tuple[int, int, Resident | None]] = []
+        found: list[tuple[int, int, Resident | None]] = []
         lines: list[int] = []
-        at = 0
         for part, count in zip(parts, counts, strict=True):
+            at = len(lines)
             if lines and part.line == lines[-1]:
-                segments[-1] = (segments[-1][0], at + count, part.resident)
+                found[-1] = (found[-1][0], at + count, part.resident)
             else:
-                segments.append((at, at + count, part.resident))
-                lines.append(part.line)
-            at += count
-        if not self.router.kernels or any(line in self.router.apart for line in lines):
-            return Rows(tuple(segments), slots)
-        offsets = [*(start for start, _, _ in segments), at]
-        both = torch.tensor([*offsets, *(line or -1 for line in lines)], dtype=torch.int32, device=self.device)
-        most = max(stop - start for start, stop, _ in segments)
-        return Rows(tuple(segments), slots, True, both[: len(offsets)], both[len(offsets) :], most)
+                found.append((at, at + count, part.resident))
+            lines += [part.line] * count
+        if not self.router.kernels or any(part.line in self.router.apart for part in parts):
+            return Rows(tuple(found), slots)
+        most, offsets, owners = segments(lines, _SEGMENTS)
+        if not most:
+            return Rows(tuple(found), slots, True)
+        both = torch.tensor([*offsets, *owners], dtype=torch.int32, device=self.device)
+        return Rows(tuple(found), slots, True, both[: len(offsets)], both[len(offsets) :], most)

@@ -23,6 +23,9 @@ from bayou.kernels.table import PROJECTIONS, Table
 from bayou.packed import FLOATS, Packed
 from bayou.serving.resident import Resident
 
+_SEGMENTS = (4, 16)
+"""Rows of a segment at most: the kernels' tiles have as many. Few sizes, for each is compiled anew."""
+
 _WORDS = {dtype: word for word, dtype in FLOATS.items()}
 
 
@@ -132,6 +135,30 @@ class EmbeddingTable(DeltaTable):
         (module,) = self.modules.values()
         weight: Tensor = module.weight  # type: ignore[assignment]
         return row_lookup(self.deltas, weight, self.gains[0], ids, lines)
+
+
+def segments(lines: Sequence[int], count: int) -> tuple[int, list[int], list[int]]:
+    """Cut rows, whose lines are given and sorted, into segments for packed_product.
+
+    Returns (rows of the largest segment, 0 where all rows are the base's; the segments' first rows and the end; their
+    lines, -1 for the base). More rows of a tenant than a tile has are several segments. count: segments to make at
+    least; those that are left over are empty. With as many as there are rows there are never more.
+    """
+    runs: list[tuple[int, int, int]] = []  # first row, row after the last, line
+    for i, line in enumerate(lines):
+        if runs and runs[-1][2] == line:
+            runs[-1] = runs[-1][0], i + 1, line
+        else:
+            runs.append((i, i + 1, line))
+    largest = max((stop - start for start, stop, line in runs if line), default=0)
+    most = next((size for size in _SEGMENTS if largest <= size), _SEGMENTS[-1]) if largest else 0
+    starts, owners = [], []
+    for start, stop, line in runs:
+        for at in range(start, stop, most if line else stop - start):
+            starts.append(at)
+            owners.append(line or -1)
+    empty = max(0, count - len(starts))
+    return most, [*starts, *[len(lines)] * (empty + 1)], [*owners, *[-1] * empty]
 
 
 def _oriented(module: nn.Module) -> Tensor:
