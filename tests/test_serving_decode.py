@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import tenants
@@ -180,6 +181,56 @@ def test_a_step_that_cannot_be_captured_is_made_without(engine: Engine, referenc
         for name, prompt, answer in asked:
             assert answer.wait().tokens == greedy(references[name], prompt, 12)
     assert sum("stream is capturing" in record.message for record in caplog.records) == 1
+
+
+class Graph:
+    """What a CUDA graph is to its owner: a step that was made once, and is made again in the same memory."""
+
+    made = replayed = 0
+    decoder: Decoder
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        assert pool is not None and capture_error_mode == "thread_local"
+        self.before = Graph.decoder._last.clone()
+
+    def capture_end(self) -> None:
+        Graph.made += 1
+        Graph.decoder._last.copy_(self.before)  # a GPU does none of what it captures
+
+    def replay(self) -> None:
+        Graph.replayed += 1
+        decoder, count, most, scores = self.step
+        scores.copy_(decoder._compute(count, most))
+
+
+def test_what_is_captured_is_replayed_and_captured_anew(engine: Engine, references: dict, monkeypatch) -> None:
+    """The owner of the graphs, with graphs that a CPU has."""
+    cuda = MagicMock()
+    cuda.CUDAGraph, cuda.graph_pool_handle = Graph, object
+    monkeypatch.setattr(decode.torch, "cuda", cuda)
+    decoder = Graph.decoder = engine.model._decoder
+    decoder._captures, decoder._stream = True, MagicMock()
+    captured = Decoder._captured
+
+    def with_step(self: Decoder, count: int, most: int):
+        graph, scores, kept = captured(self, count, most)
+        graph.step = (self, count, most, scores)
+        return graph, scores, kept
+
+    monkeypatch.setattr(Decoder, "_captured", with_step)
+    wish = Sampling(30, ignore_eos=True)
+    for names in (("lowrank",), ("lowrank", "dense", "exact"), ("gain", "bitdelta", "base", "deltacome")):
+        asked = [(name, p, Asked(engine, name, p, wish)) for p in prompts(2, seed=len(names)) for name in names]
+        for name, prompt, answer in asked:
+            assert answer.wait().tokens == greedy(references[name], prompt, 30), name
+    assert 5 <= Graph.made < Graph.replayed / 3
+    made, version = Graph.made, engine.model.router.version
+    asked = [
+        Asked(engine, "lowrank", [7, 8], Sampling(30, temperature=1.0, seed=s, ignore_eos=True)) for s in (1, 1, 2)
+    ]
+    first, again, other = (answer.wait().tokens for answer in asked)
+    assert first == again != other
+    assert engine.model.router.version == version and Graph.made <= made + 3
 
 
 @pytest.mark.parametrize(
