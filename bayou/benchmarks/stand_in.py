@@ -4,6 +4,7 @@ The base is a sparse file of zeros, so that checking a delta against it is the r
 random codes and small scales, so that what is computed with it is finite.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -86,9 +87,10 @@ def delta_file(path: Path, base: Checkpoint, ratio: float, seed: int = 0) -> int
             )
     unchanged = [name for name in base.names() if len(base.shape(name)) == 1]
     used = base.fingerprints(base.names())
+    config = hashlib.sha256((base.folder / "config.json").read_bytes()).hexdigest()
 
     def contents(chosen: list[SiteRecord]) -> Contents:
-        return Contents(chosen, [], unchanged, "", "", used, {}, {})
+        return Contents(chosen, [], unchanged, "", "", used, {"config.json": config}, {})
 
     def blob(index: int) -> bytes:
         site = sites[index]

@@ -100,6 +100,11 @@ class Runner:
         """Bytes of the base's weights."""
         return sum({p.data_ptr(): p.nbytes for p in self.base.parameters()}.values())
 
+    @property
+    def fixed(self) -> bool:
+        """Whether decode steps are of fixed shape."""
+        return self._decoder is not None
+
     def _probe(self, rows: int) -> None:
         """A first step, in which every module learns where its rows lie, and slots get their memory."""
         position = torch.arange(rows, device=self.device)

@@ -68,6 +68,10 @@ class Resident:
         """The same in page-locked memory of the CPU, from which a copy to the device does not hold up anyone."""
         return self._mapped(lambda whole: whole.cpu().pin_memory())
 
+    def copy(self) -> "Resident":
+        """The same in memory of its own, without a slot."""
+        return self._mapped(torch.clone)
+
     def unpacked(self) -> "Resident":
         """The same with every factor as the fp32 numbers that it decodes to: faster on a CPU, and many times larger."""
         known: dict[int, Packed] = {}
