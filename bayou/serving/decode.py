@@ -145,7 +145,7 @@ class Decoder:
         """Graph, its scores, and what it reads that others may let go of."""
         assert self._stream is not None
         graph, now = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        kept = [(table.deltas, table.gains) for table in self._router.tables]
+        kept = [table.deltas for table in self._router.tables]
         self._stream.wait_stream(now)
         with torch.cuda.stream(self._stream):
             last = self._last.clone()
@@ -162,4 +162,5 @@ class Decoder:
                 raise
             graph.capture_end()
         now.wait_stream(self._stream)
-        return graph, scores, kept
+        # Those of before and of now: the loader may have put larger ones in their places meanwhile.
+        return graph, scores, [kept, [table.deltas for table in self._router.tables]]

@@ -11,6 +11,7 @@ busy while these are made text and sent. An answer that turns out to have ended 
 """
 
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -107,6 +108,8 @@ class Engine:
     def __init__(self, folder: Path, name: str = "base", settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         chosen = self.settings
+        if chosen.device != "cpu":  # the thread that steps must not wait 5 ms for one that unpacks a tenant's Plan
+            sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4))
         lines = chosen.tenants + 1
         self.model = Runner(
             folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, kernels=chosen.kernels

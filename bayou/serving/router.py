@@ -149,16 +149,17 @@ class Router:
         why = misfit(resident, self.own) if self.kernels else None
         for path, module in self.modules.items():
             module.write(resident.slot, resident.tensors.get(path, {}))
-        for table in self.tables:
-            table.write(resident.slot, None if why else resident)
         if why:
             self.apart[resident.slot] = why
+            return
+        for table in self.tables:
+            table.write(resident.slot, resident)
 
     def clear(self, line: int) -> None:
-        """Let go of the deltas in a line of the tables."""
+        """Let go of the deltas in a line of the tables. The device is not told: nobody's rows are there any more."""
         self.apart.pop(line, None)
         for table in self.tables:
-            table.write(line, None)
+            table.forget(line)
 
 
 class Routed(Around):

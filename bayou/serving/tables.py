@@ -43,8 +43,13 @@ class DeltaTable:
         self.gains = torch.ones(len(self.shapes), lines, device=device)
         self.gained = False  # whether any gain is not 1
 
-    def write(self, line: int, resident: Resident | None) -> None:
-        """A line: the resident's, or nothing but the base. No row of a step may be using it."""
+    def forget(self, line: int) -> None:
+        """Let a line's deltas go. It must be written before a row uses it."""
+        if self.deltas is not None:
+            self.deltas.forget(line)
+
+    def write(self, line: int, resident: Resident) -> None:
+        """A line: the resident's. No row of a step may be using it."""
         found = [_terms(path, module, resident) for path, module in self.modules.items()]
         terms = [each for each, _ in found]
         if any(gain != 1 for _, gain in found) or self.gained:
@@ -166,10 +171,8 @@ def _oriented(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
-def _terms(path: str, module: nn.Module, resident: Resident | None) -> tuple[tuple[Term, ...], float]:
+def _terms(path: str, module: nn.Module, resident: Resident) -> tuple[tuple[Term, ...], float]:
     """What a resident adds to gain * the base's weight, and that gain."""
-    if resident is None:
-        return (), 1.0
     whole = resident.tensors.get(path, {}).get("weight")
     if whole is not None:
         whole = whole.T if isinstance(module, Conv1D) else whole
