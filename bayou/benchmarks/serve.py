@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -44,7 +45,7 @@ class Size:
     tenants: tuple[int, ...] = (8, 32, 64)
     memory: tuple[int, ...] = (2, 4, 8, 16, 32, 50, 64)
     many: int = 32
-    prompt: int = 64
+    prompt: int = 127
     tokens: int = 128
     length: int = 256
     part: int = 4
@@ -173,10 +174,13 @@ def _decode(
     found |= {"ratio": RATIO, "tenants": [], "memory": [], "delta_bytes": first.on_device.nbytes}
     found["fixed_shape"] = engine.model.fixed
 
-    def rate(who: list[Tenant]) -> dict[str, float]:
+    def rate(who: list[Tenant]) -> dict[str, Any]:
         rows = [who[i % len(who)] for i in range(size.batch)]
         ask(engine, rows, size.prompt, size.warm, shape.vocabulary)  # compiles and captures
-        return steady(ask(engine, rows, size.prompt, size.tokens, shape.vocabulary))
+        found: dict[str, Any] = steady(ask(engine, rows, size.prompt, size.tokens, shape.vocabulary))
+        if _gpu(device):
+            found["launches"] = _launches(lambda: ask(engine, rows, size.prompt, size.warm, shape.vocabulary))
+        return found
 
     alone = rate([engine.bank.base])
     least = floor.alone(size.batch, middle) * 1e3
@@ -201,6 +205,23 @@ def _decode(
             other = found["others"] = _others(size, engine, tenants[: size.many], shape.vocabulary, device)
             say("{times_one:.1f} times one by one, {times_swap:.1f} times swapping".format(**other))
     return found
+
+
+def _launches(run: Callable[[], Any], most: int = 16) -> list[dict[str, Any]]:
+    """What the device did in `run`, prefill too: the kernels that took longest, their number, microseconds of each."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a profiler that sees no CPU
+        try:
+            with torch.profiler.profile(activities=[activity]) as profiler:
+                run()
+            events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+        except RuntimeError as error:  # a device may forbid it
+            return [{"failed": str(error)[:200]}]
+    return [
+        {"kernel": e.key[:120], "count": e.count, "us": e.self_device_time_total / max(1, e.count)}
+        for e in events[:most]
+    ]
 
 
 def _others(size: Size, engine: Engine, tenants: list[Tenant], vocabulary: int, device: str) -> dict[str, Any]:
