@@ -1,6 +1,6 @@
 """A base in 4 bits under deltas at 1/16: those made against the 16-bit base, and those made against the 4-bit one.
 
-    python bench/quantised_base.py BASE --tuned sql=SQL --delta sql=sql.bayou --data sql=test.jsonl --rows 200 -o out.json
+    python bench/quantised_base.py BASE --tuned sql=SQL --delta sql=sql.bayou --data sql=test.jsonl --work W -o x.json
 
 The base's linears (not embedding and head) are rounded to nearest in groups of 64 with zero points, as what a 4-bit
 product multiplies by. KL is KL(fine-tune || candidate) in nats an answer token (bayou.evaluate). Candidates:

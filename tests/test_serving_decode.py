@@ -11,7 +11,8 @@ import torch
 from tenants import Asked, alone, greedy, prompts
 from transformers import PreTrainedModel
 
-from bayou.serving import decode
+from bayou.kernels import packed_product
+from bayou.serving import decode, tables
 from bayou.serving.decode import Decoder
 from bayou.serving.engine import Engine, Settings
 from bayou.serving.forward import Part
@@ -248,6 +249,32 @@ def test_segments(lines: list[int], wanted: tuple) -> None:
     assert len(offsets) == len(lines) + 1 == len(owners) + 1
     assert segments([7] * 17, 4) == (16, [0, 16, 17, 17, 17], [7, 7, -1, -1])
     assert all(b - a <= most for a, b, line in zip(offsets, offsets[1:], owners, strict=False) if line > 0)
+
+
+def test_kernels_are_compiled_ahead_once_each(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[tuple] = []
+
+    def launch(stage: str, table, x, offsets, slots, outs, *, most: int, scratch: torch.Tensor) -> int:
+        assert slots.eq(-1).all() and len(offsets) == len(slots) + 1 and not offsets.any()
+        assert [out.shape for out in outs] == [(len(slots), shape[0]) for shape in table.shapes]
+        launched.append((stage, table.variants[stage], len(slots), most))
+        return 1
+
+    asked: list[tuple] = []
+    monkeypatch.setattr(packed_product, "launch", launch)
+    monkeypatch.setattr(tables, "use_triton", lambda _: True)
+    monkeypatch.setattr(
+        tables.packed_product,
+        "compile_ahead",
+        lambda *a, ahead=packed_product.compile_ahead: asked.append(a) or ahead(*a),
+    )
+    for name in ("deltacome", "lowrank"):
+        engine.load(engine.bank.find(name))
+    sizes = tables.sizes(21)
+    assert sizes == [(1, 4), (2, 4), (4, 4), (8, 4), (8, 16), (16, 4), (16, 16), (32, 4), (32, 16)]
+    assert 1 <= len(asked) <= 2 and all(given[1] == sizes for given in asked)
+    assert {most for _, _, _, most in launched} == {4, 16} and {stage for stage, *_ in launched} >= {"shrink", "expand"}
+    assert len(launched) < len(asked) * len(asked[0][0]) * len(sizes), "what many tables share is compiled once"
 
 
 def test_rows_are_given_back_in_the_order_of_asking() -> None:

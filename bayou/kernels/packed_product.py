@@ -23,6 +23,7 @@ bits than bf16 are cut into two bf16 parts, which take two columns of the tensor
 """
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -81,6 +82,37 @@ def _triton(
 ) -> None:
     for stage in table.stages:
         launch(stage, table, x, offsets, slots, outs, most=most, scratch=scratch)
+
+
+def compile_ahead(tables: Sequence[Table], sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Compile what products with these tables will need, in threads; returns the number of launches that took.
+
+    sizes: (segments, most) of the products. Launches do nothing: all their segments are the base's. On the current
+    stream, on which nobody waits.
+    """
+    found: dict[Any, tuple[str, Table, int, int]] = {}
+    for table in tables:
+        for segments, most in sizes:
+            pair, rows = choice(table.key, segments, most), min(32, 1 << max(2, (most - 1).bit_length()))
+            for stage in table.stages:
+                key = stage, table.variants[stage], table.scaled, rows, pair
+                found.setdefault(key, (stage, table, segments, most))
+    if not found:
+        return 0
+    stream = torch.cuda.current_stream(tables[0].device) if tables[0].device.type == "cuda" else None
+
+    def one(stage: str, table: Table, segments: int, most: int) -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            x = torch.zeros(segments, table.shapes[0][1], dtype=dtype, device=table.device)
+            outs = [torch.zeros(segments, out, dtype=dtype, device=table.device) for out, _ in table.shapes]
+            offsets = torch.zeros(segments + 1, dtype=torch.int32, device=table.device)
+            slots = torch.full((segments,), -1, dtype=torch.int32, device=table.device)
+            launch(stage, table, x, offsets, slots, outs, most=most, scratch=table.scratch(segments))
+
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(one, *each) for each in found.values()]:
+            done.result()
+    return len(found)
 
 
 def launch(

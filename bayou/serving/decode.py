@@ -117,8 +117,10 @@ class Decoder:
         ids = torch.where(ids < 0, self._last[slot], ids)
         rows = Rows((), line, True)
         if most:
-            bounds = self._given[4 * count : 6 * count + 1].to(torch.int32)
-            rows = Rows((), line, True, bounds[: count + 1], bounds[count + 1 :], most)
+            # Each in memory of its own, which is aligned: kernels would be compiled anew for what is not.
+            bounds = self._given[4 * count : 5 * count + 1].to(torch.int32)
+            owners = self._given[5 * count + 1 : 6 * count + 1].to(torch.int32)
+            rows = Rows((), line, True, bounds, owners, most)
         self._slots.places = Places(slot, position)
         with self._router.step(rows, rows):
             scores = self._forward(ids, position)

@@ -20,7 +20,7 @@ from bayou.serving.decode import Decoder, Flight, Place
 from bayou.serving.resident import Resident
 from bayou.serving.router import Rows, served
 from bayou.serving.sampling import Chosen, Row, Sampling, choose
-from bayou.serving.tables import segments
+from bayou.serving.tables import segments, sizes
 
 _LOG = logging.getLogger("bayou.serving")
 _PROBES = (13, 17, 19, 23, 29, 31, 37, 41, 43)
@@ -85,14 +85,15 @@ class Runner:
         self.tree, self.router = served(self.base, lines, kernels=kernels)
         self.slots = kv.Slots(batch + 1, min(length, getattr(config, "max_position_embeddings", None) or length))
         kv.put_into(self.tree, self.slots, kernels=kernels)
-        sizes = {size for p in self.base.parameters() for size in p.shape}
-        sizes |= {value for value in vars(config).values() if isinstance(value, int)}
-        self._probe(next(rows for rows in _PROBES if rows not in sizes))
+        taken = {size for p in self.base.parameters() for size in p.shape}
+        taken |= {value for value in vars(config).values() if isinstance(value, int)}
+        self._probe(next(rows for rows in _PROBES if rows not in taken))
         self._decoder: Decoder | None = None
         self._said: set[str] = set()
         if kernels and self.router.alone:
             self._say(f"{self.router.alone[0]} is computed tenant by tenant, so decoding is not captured: it is slower")
         elif kernels:
+            self.router.sizes = sizes(batch)
             self._decoder = Decoder(self._every_score, self.router, self.slots, batch, self.device)
 
     @property
@@ -232,5 +233,5 @@ class Runner:
         most, offsets, owners = segments(lines, _SEGMENTS)
         if not most:
             return Rows(tuple(found), slots, True)
-        both = torch.tensor([*offsets, *owners], dtype=torch.int32, device=self.device)
-        return Rows(tuple(found), slots, True, both[: len(offsets)], both[len(offsets) :], most)
+        starts, owned = (torch.tensor(part, dtype=torch.int32, device=self.device) for part in (offsets, owners))
+        return Rows(tuple(found), slots, True, starts, owned, most)

@@ -31,7 +31,7 @@ from bayou.errors import Unsupported
 from bayou.kernels.row_norm import kind_of, row_norm
 from bayou.kernels.table import PROJECTIONS
 from bayou.serving.resident import Resident
-from bayou.serving.tables import DeltaTable, EmbeddingTable, LinearTable, misfit
+from bayou.serving.tables import DeltaTable, EmbeddingTable, LinearTable, compile_ahead, misfit
 from bayou.skeleton import is_linear
 
 
@@ -75,8 +75,8 @@ class Router:
     """Lets the modules of a served tree know the rows of the step; `rows` of all tokens, `kept` of the head's.
 
     lines: of the tables. kernels: whether there are tables of deltas. version: changes when a step that was captured no
-    longer holds. apart: line -> why the tenant there has no place in tables. own: the base's parameters by path; a step
-    may swap a module's for a moment.
+    longer holds; compiled: the one whose kernels are, for products of the `sizes` (segments, most). apart: line -> why
+    the tenant there has no place in tables. own: the base's parameters by path; a step may swap a module's meanwhile.
     """
 
     lines: int = 1
@@ -89,6 +89,8 @@ class Router:
     own: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
     tables: list[DeltaTable] = field(default_factory=list)
     version: int = 0
+    compiled: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
     apart: dict[int, str] = field(default_factory=dict)
 
     @property
@@ -154,6 +156,9 @@ class Router:
             return
         for table in self.tables:
             table.write(resident.slot, resident)
+        if self.compiled != self.version:  # here, where nobody's step waits for it
+            self.compiled = self.version
+            compile_ahead(self.tables, self.sizes)
 
     def clear(self, line: int) -> None:
         """Let go of the deltas in a line of the tables. The device is not told: nobody's rows are there any more."""

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from bayou.attached import AttachedEmbedding, AttachedExperts, AttachedLinear
 from bayou.delta import Dense, Term
 from bayou.errors import BadInput
-from bayou.kernels.packed_product import packed_product
+from bayou.kernels import packed_product, use_triton
 from bayou.kernels.row_lookup import row_lookup
 from bayou.kernels.table import PROJECTIONS, Table
 from bayou.packed import FLOATS, Packed
@@ -125,7 +125,7 @@ class LinearTable(DeltaTable):
         if table is not None and rows.lines is not None:
             x = x if x.stride(1) == 1 else x.contiguous()
             scratch = table.scratch(len(x))
-            packed_product(table, x, rows.offsets, rows.lines, made, most=rows.most, scratch=scratch)
+            packed_product.packed_product(table, x, rows.offsets, rows.lines, made, most=rows.most, scratch=scratch)
         for y, bias in zip(made, self.biases, strict=True):
             if bias is not None:
                 y += bias[rows.slots]
@@ -140,6 +140,24 @@ class EmbeddingTable(DeltaTable):
         (module,) = self.modules.values()
         weight: Tensor = module.weight  # type: ignore[assignment]
         return row_lookup(self.deltas, weight, self.gains[0], ids, lines)
+
+
+def compile_ahead(tables: Sequence[DeltaTable], sizes: Sequence[tuple[int, int]]) -> None:
+    """Compile the kernels that steps with these tables need; nothing to do on a CPU. sizes: see packed_product."""
+    linears = [table for table in tables if isinstance(table, LinearTable) and table.deltas is not None]
+    if linears and use_triton(linears[0].weight):
+        found = [table.deltas for table in linears if table.deltas is not None]
+        packed_product.compile_ahead(found, sizes, linears[0].weight.dtype)
+        for table in tables:
+            if isinstance(table, EmbeddingTable):
+                nothing = torch.zeros(8, dtype=torch.int64, device=table.gains.device)
+                table.look_up(nothing, nothing)
+
+
+def sizes(batch: int) -> list[tuple[int, int]]:
+    """(segments, rows of the largest) of all steps with up to `batch` answers."""
+    counts = [1 << i for i in range((batch - 1).bit_length() + 1)]
+    return [(count, most) for count in counts for most in _SEGMENTS if most <= _SEGMENTS[0] or count >= 8]
 
 
 def segments(lines: Sequence[int], count: int) -> tuple[int, list[int], list[int]]:
