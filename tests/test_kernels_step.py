@@ -54,6 +54,22 @@ def test_the_compiled_kernels_are_the_reference(case: str) -> None:
     assert (steps.small() | steps.large())[case]("cuda") <= close
 
 
+@pytest.mark.slow
+def test_the_engine_gives_every_kernel_what_it_takes(tmp_path: Path) -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed (it has no build for this system)")
+    checkout = Path(kernels.__file__).parents[2]
+    paths = os.pathsep.join(str(path) for path in (checkout, checkout / "tests"))
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    script = str(checkout / "tests" / "interpreted.py")
+    command = [sys.executable, script, str(tmp_path / "models"), str(tmp_path / "out.json")]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["fixed"] and found["equal"] == found["asked"] == 4
+    assert set(found["ran"]) == {"packed_product", "row_norm", "rotary", "decode_attention", "row_lookup"}
+
+
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
 ATTEND = [BF16] * 5 + [I64, I64, BF16] + ["i32"] * 12 + ["fp32", "fp32", "i32"]
 SUM = [I64, I32, "i32", I64, I32, "i32", BF16, "i32", F32, I64, I64, F32, "i32", BF16, "i32", "i32"]
