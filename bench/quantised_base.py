@@ -23,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import bayou
-from bayou import attach, evaluate
+from bayou.attach import attach
 from bayou.benchmarks import record
+from bayou.evaluate import evaluate, read_model
 from bayou.packed import Spec
 from bayou.quantize import nearest
 
@@ -76,18 +77,18 @@ def main() -> None:
         found[name] = {"compressed_s": time.perf_counter() - started, "bytes": own.stat().st_size}
         if not few.exists():
             rounded(tuned, few, given.spec)
-        reference, tokenizer = evaluate.read_model(tuned, given.device), AutoTokenizer.from_pretrained(tuned)
+        reference, tokenizer = read_model(tuned, given.device), AutoTokenizer.from_pretrained(tuned)
         for label, folder, delta in (
             ("16-bit base, its delta", given.base, deltas[name]),
             ("4-bit base, the 16-bit base's delta", small, deltas[name]),
             ("4-bit base, a delta of its own", small, own),
             ("fine-tune in 4 bits", few, None),
         ):
-            model = evaluate.read_model(folder, given.device)
+            model = read_model(folder, given.device)
             if delta is not None:
-                attach.attach(model, delta)
+                attach(model, delta)
             with torch.no_grad():
-                scores = evaluate.evaluate(reference, model, tokenizer, data[name], rows=given.rows)
+                scores = evaluate(reference, model, tokenizer, data[name], rows=given.rows)
             found[name][label] = {key: scores[key] for key in ("kl", "kl_se", "acc", "acc_reference", "nll", "rows")}
             print(name, label, found[name][label], flush=True)
     if given.out:

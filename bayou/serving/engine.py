@@ -79,7 +79,7 @@ class Settings:
 
     memory, host_memory: bytes of deltas on the device and beside it. tenants: on the device at once. batch: answers at
     once. length: tokens of a prompt and its answer. queue: answers that may wait. piece: tokens of a prefill step.
-    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels: see Runner.
+    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels, base_bits: see Runner.
     """
 
     memory: int = 8 * 10**9
@@ -93,6 +93,7 @@ class Settings:
     device: str = "cpu"
     unpack: bool = False
     kernels: bool | None = None
+    base_bits: int = 16
 
 
 class Engine:
@@ -112,7 +113,7 @@ class Engine:
             sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4))
         lines = chosen.tenants + 1
         self.model = Runner(
-            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, kernels=chosen.kernels
+            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, chosen.kernels, chosen.base_bits
         )
         self.length = self.model.slots.most
         self._free = list(range(self.settings.batch, 0, -1))

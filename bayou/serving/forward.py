@@ -13,10 +13,11 @@ from torch import Tensor
 
 from bayou import skeleton
 from bayou.checkpoint import Checkpoint
-from bayou.errors import Unsupported
+from bayou.errors import BadInput, Unsupported
 from bayou.kernels.one_delta import suits
 from bayou.serving import slots as kv
 from bayou.serving.decode import Decoder, Flight, Place
+from bayou.serving.few_bits import shrink
 from bayou.serving.resident import Resident
 from bayou.serving.router import Rows, served
 from bayou.serving.sampling import Chosen, Row, Sampling, choose
@@ -58,6 +59,7 @@ class Runner:
         length: positions of an answer with its prompt at most; less where the model has fewer.
         kernels: compute all tenants' rows at once, and decode in steps of fixed shape (graphs on a GPU); None: on a GPU
             with Triton, where BAYOU_PACKED=1 asks for it.
+        bits: 4 rounds the decoder layers' linears (few_bits.py), 16 leaves them.
 
     Raises BadInput, and Unsupported for a model that cannot be served.
     """
@@ -72,12 +74,17 @@ class Runner:
         batch: int,
         length: int,
         kernels: bool | None = None,
+        bits: int = 16,
     ) -> None:
         checkpoint = Checkpoint(folder)
         self.device = torch.device(device)
         self.base = skeleton.build(folder)
         places = skeleton.places(self.base, checkpoint.names())
         skeleton.fill(self.base, "", places, checkpoint.read, dtype=dtype, device=self.device)
+        if bits == 4:
+            shrink(self.base)
+        elif bits != 16:
+            raise BadInput(f"a base in {bits} bits: 16 or 4 are to be had")
         config = self.base.config.get_text_config()
         self.rows = len(self.base.get_input_embeddings().weight)
         if kernels is None:
@@ -99,7 +106,8 @@ class Runner:
     @property
     def nbytes(self) -> int:
         """Bytes of the base's weights."""
-        return sum({p.data_ptr(): p.nbytes for p in self.base.parameters()}.values())
+        held = [t for t in (*self.base.parameters(), *self.base.buffers()) if not t.is_meta]
+        return sum({t.data_ptr(): t.nbytes for t in held}.values())
 
     @property
     def fixed(self) -> bool:

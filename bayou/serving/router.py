@@ -30,6 +30,7 @@ from bayou.attached import Around, AttachedLinear, as_inner
 from bayou.errors import Unsupported
 from bayou.kernels.row_norm import kind_of, row_norm
 from bayou.kernels.table import PROJECTIONS
+from bayou.serving.few_bits import base_product
 from bayou.serving.resident import Resident
 from bayou.serving.tables import DeltaTable, EmbeddingTable, LinearTable, compile_ahead, misfit
 from bayou.skeleton import is_linear
@@ -237,8 +238,7 @@ class RoutedLinear(Routed):
 
     def _apart(self, x: Tensor, parts: list[Any], rows: Rows) -> Tensor:
         """As above where a gain, a bias, a whole weight or another number of outputs differs too."""
-        weight: Tensor = self.inner.weight  # type: ignore[assignment]
-        y = functional.linear(x, weight.T if isinstance(self.inner, Conv1D) else weight)
+        y = base_product(self.inner, x)
         plain, found = [], {}
         for start, stop, module, own in parts:
             if own is not None and "weight" in own:

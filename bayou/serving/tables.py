@@ -7,6 +7,7 @@ tenant are computed tenant by tenant.
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from bayou.kernels import packed_product, use_triton
 from bayou.kernels.row_lookup import row_lookup
 from bayou.kernels.table import PROJECTIONS, Table
 from bayou.packed import FLOATS, Packed
+from bayou.serving.few_bits import FewBits, base_product
 from bayou.serving.resident import Resident
 
 _SEGMENTS = (4, 16)
@@ -39,8 +41,10 @@ class DeltaTable:
         self.modules, self.lines, self.changed = dict(modules), lines, changed
         self.shapes = [_oriented(module).shape for module in modules.values()]
         self.deltas: Table | None = None
-        device = _oriented(next(iter(modules.values()))).device
-        self.gains = torch.ones(len(self.shapes), lines, device=device)
+        first = next(iter(modules.values()))
+        held = [*first.parameters(), *first.buffers()]
+        self.gains = torch.ones(len(self.shapes), lines, device=next(t.device for t in held if not t.is_meta))
+        self.dtype = held[0].dtype
         self.gained = False  # whether any gain is not 1
 
     def forget(self, line: int) -> None:
@@ -96,7 +100,10 @@ class LinearTable(DeltaTable):
         if not 1 <= len(modules) <= PROJECTIONS:
             raise ValueError(f"{len(modules)} linears share an input: 1 to {PROJECTIONS} are expected")
         self.biases = biases
-        if len(modules) > 1:
+        self.products: list[Callable[[Tensor], Tensor]] = []
+        if any(isinstance(module, FewBits) for module in modules.values()):
+            self.products = [partial(base_product, module) for module in modules.values()]
+        elif len(modules) > 1:
             weights = [_oriented(module) for module in modules.values()]
             self.weight = torch.cat([weight.data for weight in weights])
             for weight, part in zip(weights, self.weight.split([len(w) for w in weights]), strict=True):
@@ -117,7 +124,10 @@ class LinearTable(DeltaTable):
         return found
 
     def _outputs(self, x: Tensor, rows: Any) -> tuple[Tensor, ...]:
-        made = functional.linear(x, self.weight).split([shape[0] for shape in self.shapes], dim=1)
+        if self.products:
+            made = tuple(product(x) for product in self.products)
+        else:
+            made = functional.linear(x, self.weight).split([shape[0] for shape in self.shapes], dim=1)
         if self.gained:
             for y, gains in zip(made, self.gains, strict=True):
                 y *= gains[rows.slots][:, None]
@@ -145,9 +155,9 @@ class EmbeddingTable(DeltaTable):
 def compile_ahead(tables: Sequence[DeltaTable], sizes: Sequence[tuple[int, int]]) -> None:
     """Compile the kernels that steps with these tables need; nothing to do on a CPU. sizes: see packed_product."""
     linears = [table for table in tables if isinstance(table, LinearTable) and table.deltas is not None]
-    if linears and use_triton(linears[0].weight):
+    if linears and use_triton(linears[0].gains):
         found = [table.deltas for table in linears if table.deltas is not None]
-        packed_product.compile_ahead(found, sizes, linears[0].weight.dtype)
+        packed_product.compile_ahead(found, sizes, linears[0].dtype)
         for table in tables:
             if isinstance(table, EmbeddingTable):
                 nothing = torch.zeros(8, dtype=torch.int64, device=table.gains.device)
