@@ -175,6 +175,8 @@ def share(
     blend: Annotated[bool, typer.Option("--blend", help="--train: mix original and delta, not draw.")] = False,
     pmr_start: Annotated[float, typer.Option(help="--train: share replaced at the start.")] = 0.3,
     lora: Annotated[int, typer.Option(help="--train: rank of LoRA on all other linears; 0 is none.")] = 0,
+    whole: Annotated[bool, typer.Option("--whole", help="--train: train all else whole, embeddings too.")] = False,
+    rest_rate: Annotated[float | None, typer.Option(help="--train: peak rate of LoRA or --whole; else --rate.")] = None,
     search: Annotated[int, typer.Option(help="--train: first try so many rates, alphas and PMR starts.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Of the calibration's and training's order, and of --init zero.")] = 0,
@@ -191,16 +193,26 @@ def share(
     dial = Dial(layout, kinds, keep_ends, reduction(reduce, ratio), rank, count, _numbers(blocks), per_anchor)
     dial = replace(dial, budget=parse_size(budget) if budget else None, near=near)
     training = None
-    how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, search)
-    if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, 0):
+    how = (tokens, rate, alpha, pmr, blend, pmr_start, lora, whole, rest_rate, search)
+    if train is None and how != ("15M", None, 0.5, True, False, 0.3, 0, False, None, 0):
         raise BadInput(
-            "--tokens, --rate, --alpha, --no-pmr, --blend, --pmr-start, --lora and --search say how to train; give "
-            "--train TEXT with them (tokens to calibrate on are --calibration-tokens)"
+            "--tokens, --rate, --alpha, --no-pmr, --blend, --pmr-start, --lora, --whole, --rest-rate and --search say "
+            "how to train; give --train TEXT with them (tokens to calibrate on are --calibration-tokens)"
         )
     if train is not None:
         amount = parse_size(tokens + "B" if tokens[-1:] in "kKMG" else tokens)
         training = Training(
-            train, amount, rate, alpha, progressive=pmr, blend=blend, start=pmr_start, lora=lora, search=search
+            train,
+            amount,
+            rate,
+            alpha,
+            progressive=pmr,
+            blend=blend,
+            start=pmr_start,
+            lora=lora,
+            whole=whole,
+            rest_rate=rest_rate,
+            search=search,
         )
     with Bars(_screen) as bars:
         report = run(

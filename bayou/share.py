@@ -181,8 +181,8 @@ def _rival(
         raise BadInput("slicegpt's folder is written by one process: start bayou share without torchrun or accelerate")
     if training is not None and not training.general:
         raise BadInput(
-            f"--no-pmr, --blend, --pmr-start and --lora say how {OWN} is trained; {method} is trained as its recovery "
-            "is published, with --rate, --alpha and --tokens"
+            f"--no-pmr, --blend, --pmr-start, --lora, --whole and --rest-rate say how {OWN} is trained; {method} is "
+            "trained as its recovery is published, with --rate, --alpha and --tokens"
         )
     original = Original(model, revision=revision, device=device)
     windows = original.windows(calibration, tokens, length, seed)

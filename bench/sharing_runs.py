@@ -4,7 +4,8 @@ A run is a dict: name; method (deltallm; search: the plan of bayou.sharing.searc
 one of bayou.sharing.baselines.METHODS); reduce, the share of parameters to remove; tokens and rate (peak learning rate)
 of the training, 0 tokens for none; and options:
     init (zero, svd, whitened, whitened+gain, als, no-base), layout, kinds, blocks, rank, count
-    pmr (bernoulli, blend or None), lora (rank of LoRA on the rest; 0 none), seed (of draws and random factors)
+    pmr (bernoulli, blend or None), lora (rank of LoRA on the rest; 0 none), whole (the rest trained whole instead),
+    rest (the rate of the rest over the rate of the factors), seed (of draws and random factors)
 """
 
 import copy
@@ -35,6 +36,8 @@ RIVALS: dict[str, Run] = {
     "deltallm without PMR": {"method": "deltallm", "init": "whitened+gain", "pmr": None},
     "searched plan + LoRA": {"method": "search", "kinds": "all", "pmr": "bernoulli", "lora": 32},
     "searched plan + LoRA, without PMR": {"method": "search", "kinds": "all", "pmr": None, "lora": 32},
+    "searched plan + LoRA, own rate": {"method": "search", "kinds": "all", "pmr": None, "lora": 32, "rest": 30.0},
+    "searched plan, all trained": {"method": "search", "kinds": "all", "pmr": None, "whole": True, "rest": 1.0},
     "no-base control": {"method": "deltallm", "init": "no-base", "pmr": "bernoulli"},
     **{name: {"method": name} for name in baselines.METHODS},
 }
@@ -218,11 +221,20 @@ class Maker:
             else Replacement(blend=pmr == "blend", seed=run.get("seed", 0), **run.get("schedule", {}))
         )
         student = apply(
-            model, shared, replacement=schedule, train_gain=True, lora_rank=run.get("lora", 0), seed=run.get("seed", 0)
+            model,
+            shared,
+            replacement=schedule,
+            train_gain=True,
+            lora_rank=run.get("lora", 0),
+            rest=run.get("whole", False),
+            seed=run.get("seed", 0),
         )
         pupil = None
         if run["tokens"]:
-            pupil = Pupil(run["name"], model, tuple(student.parameters()), run["rate"], student.advance)
+            multiples = student.multiples(run.get("rest", 1.0))
+            pupil = Pupil(
+                run["name"], model, tuple(student.parameters()), run["rate"], student.advance, multiples=multiples
+            )
 
         def finish() -> tuple[PreTrainedModel, Shared | None]:
             with torch.no_grad():  # what a file holds: factors in fp16

@@ -143,7 +143,7 @@ def test_deltas_are_trained_scored_and_kept(
     untrained = {r["name"]: r for r in bench.lines(tmp_path / "sharing-untrained.jsonl")}
     assert len(untrained) == 8 and untrained["untouched"]["reduction"] == 0
     assert untrained["dropped"]["parameters"] == untrained["tied, no delta"]["parameters"]
-    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 5
+    assert len(bench.lines(tmp_path / "sharing-main12.jsonl")) == 7
     assert len(bench.lines(tmp_path / "sharing-ablation.jsonl")) == 12
     assert len(bench.lines(tmp_path / "sharing-pmr.jsonl")) == 3
     assert call(bench, monkeypatch, "plot", "--out", tmp_path, "--set", "pmr") == 0

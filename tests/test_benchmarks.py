@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from bayou.benchmarks import compress, load, plain
+from bayou.benchmarks import compress, load, plain, terms
 from bayou.benchmarks.pair import SHAPES, STRENGTH, pair
 from bayou.cli import main
+from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput
 from bayou.packed import Spec
 from bayou.quantize import factorize, gptq, grid, spread
@@ -40,6 +41,23 @@ def test_compress_says_where_the_time_went(tmp_path: Path) -> None:
     assert found["device"] == "cpu" and found["torch"] == torch.__version__ and "peak_bytes" not in found
     assert found["bytes"] < 2 * 8 * (2 * 50_000 + 65_536) / 8
     assert "decompose" in compress.table(found)
+
+
+def test_a_kept_file_s_first_layer_is_what_the_kernels_are_measured_on(tmp_path: Path) -> None:
+    kept = tmp_path / "new" / "a.bayou"
+    found = compress.run(**TINY, layers=2, ratio=8, keep=kept)
+    assert kept.stat().st_size == found["bytes"]
+    sizes, file = SHAPES["tiny"].linears(), DeltaFile(kept)
+    layer = [[sizes[f"{name}.weight"] for name in group] for group in terms.NAMES]
+    stored = terms.Stored(kept, layer, "cpu")
+    (query, *_), again = (stored(layer[0]) for _ in range(2))
+    delta = file.delta("model.layers.0.self_attn.q_proj.weight")
+    x = torch.randn(3, 64)
+    assert torch.equal(query.apply(x), delta.terms[0].apply(x)) and torch.equal(again[0].apply(x), query.apply(x))
+    places = {next(term.factors()).parts[0].data_ptr() for term in (query, again[0])}
+    assert len(places) == 2  # each tenant has its own
+    with pytest.raises(BadInput, match=r"must be of .*4096, 4096.* with one term each; found 64x64, 64x64, 64x64"):
+        terms.Stored(kept, device="cpu")
 
 
 def test_a_few_layers_get_the_ranks_of_the_whole_model() -> None:

@@ -100,6 +100,8 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the Triton kernel gives for each of SHAPES, interpreted."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed (it has no build for this system)")
+    if torch.cuda.is_available():
+        pytest.skip("the compiled kernels are tested here; what interprets them is another NumPy than Triton's")
     folder = tmp_path_factory.mktemp("interpreted")
     names = ("w", "inverse", "scale", "zero", "top")
     given = {f"{i}.{n}": t for i, shape in enumerate(SHAPES) for n, t in zip(names, inputs(shape), strict=True)}

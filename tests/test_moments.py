@@ -52,7 +52,8 @@ def test_tensor_cores_sum_in_fp32(dtype: torch.dtype) -> None:
     found = gram(x, steps=5)
     wanted = x.double().T @ x.double()
     assert found.dtype == torch.float32
-    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
+    # Tensor cores cut off what does not fit as they sum: 1.3e-5 for fp16 on an H200, where fp16 sums would be at 1e-3.
+    assert float((found - wanted).norm() / wanted.norm()) < 3e-5
     assert float((found.diagonal() / wanted.diagonal() - 1).abs().max()) < 1e-4
 
 

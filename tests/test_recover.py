@@ -16,6 +16,7 @@ import torch
 from test_share import FEW, agree
 
 import bayou
+from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.errors import BadInput, Diverged, JournalMismatch
 from bayou.evaluate import read_model
@@ -142,6 +143,24 @@ def test_the_command_tells_what_was_chosen_and_leaves_only_the_file(
     assert f"  chosen of 2 trials on 1,500 tokens each: {shown}" in lines
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bayou", "a.txt"]
     agree(model, tmp_path / "a.bayou", tmp_path / "out")
+
+
+def test_a_file_holds_what_was_trained_whole(
+    model: Path, training: Training, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["share", str(model), "-o", str(tmp_path / "a.bayou"), "--blocks", "3", "--rank", "4", "--no-pmr"]
+    words += ["--train", str(training.text), "--tokens", "1500", "--init", "zero", "--whole", "--rest-rate", "0.02"]
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    agree(model, tmp_path / "a.bayou", tmp_path / "out")
+    before, after = Checkpoint(model), Checkpoint(tmp_path / "out")
+    moved = [name for name in before.names() if not torch.equal(before.read(name), after.read(name))]
+    assert sorted(moved) == sorted(before.names())  # norms and embeddings too
+    for words, why in ((["--lora", "2", "--whole"], "choose one"), (["--rest-rate", "1e-4"], "the rest be trained")):
+        with pytest.raises(SystemExit):
+            main(["share", str(model), "-o", str(tmp_path / "b.bayou"), "--train", str(training.text), *words])
+        assert why in capsys.readouterr().err
 
 
 def test_optuna_itself_chooses(model: Path, training: Training, tmp_path: Path) -> None:

@@ -193,6 +193,37 @@ def test_lora_on_the_rest_is_merged_and_anchors_stay_shared(folders: dict[str, P
     assert not any("lora" in type(m).__name__.lower() for m in model.modules())
 
 
+@pytest.mark.parametrize("name", ["llama_gqa", "qwen2"])
+def test_the_rest_is_trained_whole_and_the_teacher_stays(folders: dict[str, Path], name: str) -> None:
+    model = model_of(folders[name])
+    teacher = twin(model)
+    before, kept = logits(teacher), {path: p.detach().clone() for path, p in teacher.named_parameters()}
+    shared = Shared(tuple(ties(model, ("mlp.up_proj", "mlp.down_proj"), targets=(1,))), ("model.layers.2.self_attn",))
+    student = apply(model, shared, rest=True, train_gain=True)
+    wanted = {path for path in kept if not path.startswith("model.layers.2.self_attn.")}
+    wanted -= {tie.tensor for tie in shared.ties}
+    assert len(student.parameters()) == len(wanted) + 3 * len(shared.ties)
+    multiples = student.multiples(0.5)
+    assert multiples.count(1.0) == 3 * len(shared.ties) and multiples.count(0.5) == len(wanted)
+    model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    # The norm before a sub-layer that is dropped has nothing to do.
+    idle = {"model.layers.2.input_layernorm.weight"}
+    found = {path for path, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert found == idle
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(-0.1 if parameter.grad is None else -0.1 * parameter.grad)
+    trained = logits(model)
+    assert not torch.equal(trained, before) and torch.equal(logits(teacher), before)
+    student.finish()
+    assert torch.equal(logits(model), trained)  # fp32 before and after: nothing to round
+    changed = student.dense()
+    assert set(changed) == wanted and all(not torch.equal(changed[path], kept[path]) for path in wanted)
+    assert len(student.parameters()) == 3 * len(shared.ties) and torch.equal(logits(teacher), before)
+    with pytest.raises(BadInput, match="LoRA of rank 2 on the rest, and the rest trained whole"):
+        apply(twin(teacher), shared, rest=True, lora_rank=2)
+
+
 def test_twins_share_every_tensor(folders: dict[str, Path]) -> None:
     model = model_of(folders["gemma3"])
     other = twin(model)

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from bayou import skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch, Unsupported
-from bayou.sharing import Shared, Tie, objective
+from bayou.sharing import Shared, Tie, lora, objective
 from bayou.sharing.student import Replacement, Student, apply, twin
 from bayou.sharing.train import Fitted, Progress, Pupil, Recipe, fit, packed
 
@@ -45,7 +45,7 @@ def model_of(folder: Path) -> PreTrainedModel:
     return model
 
 
-def student_of(teacher: PreTrainedModel, *, seed: int = 0, lora: int = 0, pmr: bool = True) -> Student:
+def student_of(teacher: PreTrainedModel, *, seed: int = 0, rank: int = 0, pmr: bool = True) -> Student:
     ties = []
     for kind in ("gate_proj", "up_proj", "down_proj"):
         out, into = teacher.get_submodule(f"model.layers.2.mlp.{kind}").weight.shape
@@ -55,7 +55,7 @@ def student_of(teacher: PreTrainedModel, *, seed: int = 0, lora: int = 0, pmr: b
             Tie(name, name.replace(".2.", ".1."), 0.5, torch.zeros(out, 4), torch.randn(4, into, generator=g) * 0.1)
         )
     schedule = Replacement(seed=seed) if pmr else None
-    return apply(twin(teacher), Shared(tuple(ties)), replacement=schedule, train_gain=True, lora_rank=lora)
+    return apply(twin(teacher), Shared(tuple(ties)), replacement=schedule, train_gain=True, lora_rank=rank)
 
 
 def pupil_of(student: Student, name: str = "one", rate: float = 0.01) -> Pupil:
@@ -168,8 +168,20 @@ def test_students_trained_together_learn_what_each_learns_alone(teacher: PreTrai
     assert same(alone[0], together[0]) and same(alone[1], together[1]) and not same(*together)
 
 
+def test_each_parameter_has_its_multiple_of_the_rate(teacher: PreTrainedModel) -> None:
+    students = [student_of(teacher, rank=2) for _ in range(3)]
+    pupils = [replace(pupil_of(s), multiples=s.multiples(x)) for s, x in zip(students, (1, 0, 5), strict=True)]
+    plain = student_of(teacher, rank=2)
+    for pupil in [*pupils, pupil_of(plain)]:
+        fit([pupil], teacher, WINDOWS, RECIPE, tokens=5 * 64)
+    first, still, fast = ([m.b for _, m in lora.inside(student.model)] for student in students)
+    assert same(students[0], plain)
+    assert all(not b.any() for b in still) and all(b.any() for b in first)
+    assert all(b.norm() > 2 * a.norm() for a, b in zip(first, fast, strict=True))
+
+
 def test_lora_is_trained_with_the_deltas(teacher: PreTrainedModel) -> None:
-    student = student_of(teacher, lora=2)
+    student = student_of(teacher, rank=2)
     fit([pupil_of(student)], teacher, WINDOWS, RECIPE, tokens=10 * 64)
     trained = objective.measure(student.model, WINDOWS, teacher)
     student.finish()

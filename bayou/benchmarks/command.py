@@ -30,6 +30,7 @@ def compress(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 262_144,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 2048,
     plain: Annotated[bool, typer.Option("--plain", help="Also do a layer the plain way, for the ratio.")] = False,
+    keep: Annotated[Path | None, typer.Option(help="Keep the delta file here, e.g. for bayou bench kernels.")] = None,
     device: Device = "cuda",
     out: Out = None,
     as_json: Json = False,
@@ -38,7 +39,14 @@ def compress(
     from bayou.benchmarks import compress as bench
 
     found = bench.run(
-        shape=shape, layers=layers, ratio=ratio, tokens=tokens, length=length, device=device, beside_plain=plain
+        shape=shape,
+        layers=layers,
+        ratio=ratio,
+        tokens=tokens,
+        length=length,
+        device=device,
+        beside_plain=plain,
+        keep=keep,
     )
     _finish(bench.table(found), found, out, as_json)
 
@@ -79,6 +87,7 @@ def serve(
 @app.command(epilog="Example: bayou bench kernels --quick")
 def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="A part of it only, in less than a minute.")] = False,
+    file: Annotated[Path | None, typer.Option(help="Deltas of this file, made by bench compress --keep.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -92,7 +101,7 @@ def kernels(
 
     if not torch.cuda.is_available():
         raise Unsupported("bayou bench kernels measures a GPU, and torch finds none here")
-    found = record.surroundings("cuda") | bench.measure(quick)
+    found = record.surroundings("cuda") | bench.measure(quick, file)
     for table in bench.tables(found):
         Console().print(table)
     _finish("", found, out, as_json)

@@ -4,6 +4,7 @@ Steps are timed with the device synchronised at both ends, so each is charged wh
 disk leave out the writing of the file; reading is from memory. `plain` does one layer the way the paper's code does.
 """
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -34,6 +35,7 @@ def run(
     method: str = "deltacome",
     device: str = "cuda",
     beside_plain: bool = False,
+    keep: Path | None = None,
 ) -> dict[str, Any]:
     """Compress such a pair and say where the time went.
 
@@ -41,6 +43,7 @@ def run(
         shape: a name of SHAPES. layers: the first so many, with ranks as in the whole model; all unless given.
         tokens, length: of the calibration, random ids.
         beside_plain: do a layer the plain way too; "plain" then has its steps, and "times" their ratio to ours.
+        keep: where to put the delta file; it goes with the pair unless given.
 
     Returns:
         seconds, without_disk, a_layer, steps {name: {seconds, gflops, tflops_a_second}}, bytes, ranks, peak memory ...
@@ -79,6 +82,9 @@ def run(
             )
         sites = list(DeltaFile(report.path).sites.values())
         memory = _memory(device)
+        if keep is not None:
+            keep.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(report.path, keep)
         found: dict[str, Any] = {
             "benchmark": "compress",
             "shape": shape,

@@ -1,100 +1,41 @@
 """The packed products against their floor, against plain PyTorch and against the base's own.
 
-Deltas have the layouts of `compress` at ratio 16 of a Llama-2-7B layer, and random codes. Whatever is timed is first
-compared with the fp32 reference. Times are those of CUDA graphs, over deltas enough that no cache holds them.
+Deltas are those of a Llama-2-7B layer at ratio 16 (terms.py). Whatever is timed is first compared with the fp32
+reference. Times are those of CUDA graphs, over deltas enough that no cache holds them.
 """
 
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table as Printed
 from torch import Tensor
 
-from bayou.allocate import allocate
-from bayou.delta import Delta, Dense, LowRank, Term
+from bayou.benchmarks.terms import LAYER, Shape, Stored, Terms, layouts, random, signs
+from bayou.delta import Delta
 from bayou.kernels import packed_product as kernel
 from bayou.kernels import tuning
 from bayou.kernels.one_delta import one_delta
 from bayou.kernels.table import Table
 from bayou.kernels.unpack import product as unpacked_product
-from bayou.methods import TermLayout, bitdelta
-from bayou.packed import Packed
-from bayou.plan import SiteRecord
 
 BANDWIDTH = 3.0e12
 """Bytes a second that an H100's memory gives to a plain copy: what the floors are made of."""
 
-RATIO = 16
 COLD = 192 * 2**20
 """Bytes that a measurement goes through at least: several times the L2 cache."""
-
-Shape = tuple[int, int]
-
-LAYER: tuple[tuple[Shape, ...], ...] = (
-    ((4096, 4096), (4096, 4096), (4096, 4096)),
-    ((4096, 4096),),
-    ((11008, 4096), (11008, 4096)),
-    ((4096, 11008),),
-)
-"""(out, in) of a Llama-2-7B layer's matrices, those together that share an input: qkv, o, gate and up, down."""
-
-
-def layouts(shapes: Sequence[Shape]) -> list[TermLayout]:
-    """What `compress --ratio 16` writes for bf16 matrices of these shapes, with deltacome."""
-    sites = [
-        SiteRecord(
-            tensor=f"{i}.weight",
-            part=None,
-            shape=shape,
-            disk_shape=shape,
-            dtype="BF16",
-            transposed=False,
-            reference=f"{i}.weight",
-            reference_part=None,
-            gain=1.0,
-            role="linear",
-            method="deltacome",
-            options={},
-            terms=(),
-        )
-        for i, shape in enumerate(shapes)
-    ]
-    budget = sum(2 * out * cols for out, cols in shapes) // RATIO
-    return [site.terms[0] for site in allocate(sites, budget, embedding_rate=1.0)]
-
-
-def term(layout: TermLayout, shape: Shape, gain: float = 0.01, device: str = "cuda") -> Term:
-    """A term of this layout with random codes and small scales, in one buffer as a file's site is."""
-    buffer = torch.randint(0, 256, (layout.nbytes(shape),), dtype=torch.uint8, device=device)
-    matrices, offset = [], 0
-    for spec, size in layout.matrices(shape):
-        packed, offset = Packed.view(spec, size, buffer, offset)
-        for part in packed.parts:
-            if part.is_floating_point():
-                part.copy_(torch.rand(part.shape, device=device) * 0.05 + 0.01)
-        matrices.append(packed)
-    if layout.kind == "Dense":
-        return Dense(matrices[0], gain)
-    return LowRank(tuple(zip(matrices[::2], matrices[1::2], strict=True)), gain)
-
-
-def signs(shapes: Sequence[Shape]) -> list[TermLayout]:
-    """BitDelta's."""
-    return [bitdelta.layout(shape)[0] for shape in shapes]
 
 
 class Group:
     """Projections that share an input, with T tenants of one row each."""
 
-    def __init__(self, shapes: Sequence[Shape], layouts: Sequence[TermLayout], tenants: int) -> None:
+    def __init__(self, shapes: Sequence[Shape], terms: Terms, tenants: int) -> None:
         self.shapes, self.tenants = shapes, tenants
-        self.deltas = [
-            [(term(layout, shape),) for layout, shape in zip(layouts, shapes, strict=True)] for _ in range(tenants)
-        ]
+        self.deltas = [[(each,) for each in terms(shapes)] for _ in range(tenants)]
         self.table = Table(shapes, tenants, self.deltas[:1])
         for slot, deltas in enumerate(self.deltas):
             self.table.write(slot, deltas)
@@ -194,11 +135,11 @@ def tuned(groups: Sequence[Group]) -> list[dict[str, Any]]:
     return sorted(kept, key=lambda row: (row["launch"], row["us"])) + failed
 
 
-def decode(tenants: int, layer: Sequence[Sequence[Shape]], formats: Any, tune: bool, plain: bool) -> dict[str, Any]:
-    """The products of a layer for one row of each tenant. formats: shapes -> layouts."""
+def decode(tenants: int, layer: Sequence[Sequence[Shape]], terms: Terms, tune: bool, plain: bool) -> dict[str, Any]:
+    """The products of a layer for one row of each tenant."""
     layers: list[list[Group]] = []
     while not layers or sum(g.nbytes for part in layers for g in part) < COLD and len(layers) < 32:
-        layers.append([Group(shapes, formats(shapes), tenants) for shapes in layer])
+        layers.append([Group(shapes, terms, tenants) for shapes in layer])
     found: dict[str, Any] = {"tenants": tenants, "bytes": sum(g.nbytes for g in layers[0]), "launches": []}
     for i in range(len(layer)):
         same = [part[i] for part in layers]
@@ -256,13 +197,13 @@ def base(rows: int) -> float:
     return timed(runs)
 
 
-def prefill(rows: int) -> dict[str, Any]:
+def prefill(rows: int, terms: Terms) -> dict[str, Any]:
     """Base plus delta of one tenant against the base alone, all seven products of the layer."""
     runs, errors = [], []
     for shapes in LAYER:
         x = torch.randn(rows, shapes[0][1], device="cuda", dtype=torch.bfloat16)
-        for layout, shape in zip(layouts(shapes), shapes, strict=True):
-            delta = Delta(shape, (term(layout, shape),))
+        for each, shape in zip(terms(shapes), shapes, strict=True):
+            delta = Delta(shape, (each,))
             wanted = kernel.term_product(delta.terms[0], x.float())
             errors.append(relative(one_delta(delta, x), wanted))
             table = Table([shape], 1, [[delta.terms]])
@@ -284,14 +225,18 @@ def figure(batches: Sequence[int], hidden: Sequence[int]) -> list[dict[str, Any]
     points = []
     for size in hidden:
         for batch in batches:
-            point = decode(batch, [((size, size),)], layouts, tune=False, plain=True)
+            point = decode(batch, [((size, size),)], random, tune=False, plain=True)
             kept = ("us", "floor_us", "over_floor", "pytorch_us", "error")
             points.append({"hidden": size, "batch": batch, **{key: point[key] for key in kept}})
     return points
 
 
-def measure(quick: bool) -> dict[str, Any]:
-    """All of it; quick: T = 1 and 16, tiles measured for 16 only, no 1-bit deltas, and four points of the figure."""
+def measure(quick: bool, file: Path | None = None) -> dict[str, Any]:
+    """All of it; quick: T = 1 and 16, tiles measured for 16 only, no 1-bit deltas, and four points of the figure.
+
+    file: whose first layer's deltas are taken, but for the 1-bit ones and the figure; random codes without one.
+    """
+    terms: Terms = random if file is None else Stored(file)
     began = time.monotonic()
 
     def say(step: str) -> None:
@@ -299,14 +244,15 @@ def measure(quick: bool) -> dict[str, Any]:
 
     torch.manual_seed(0)
     with torch.inference_mode():
-        found: dict[str, Any] = {"base_us": {str(rows): base(rows) * 1e6 for rows in (1, 4, 16, 64)}, "decode": []}
+        found: dict[str, Any] = {"codes": "random" if file is None else "of a file"}
+        found |= {"base_us": {str(rows): base(rows) * 1e6 for rows in (1, 4, 16, 64)}, "decode": []}
         for tenants in (1, 16) if quick else (1, 4, 16, 64):
             tune = tenants == 16 or not quick and tenants != 4
-            row = decode(tenants, LAYER, layouts, tune=tune, plain=True)
+            row = decode(tenants, LAYER, terms, tune=tune, plain=True)
             found["decode"].append(row)
             say(f"T = {tenants}: {row['us']:.1f} us, {row['over_floor']:.2f} floors, error {row['error']:.1e}")
         found["unpacked_bmm_us"] = {"4": unpacked_bmm(4) * 1e6}
-        found["prefill"] = prefill(2048)
+        found["prefill"] = prefill(2048, terms)
         say(f"prefill: {found['prefill']['over_base']:.2f} times the base")
         if not quick:
             row = found["bitdelta"] = decode(16, LAYER, signs, tune=True, plain=True)

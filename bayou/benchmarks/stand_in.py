@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from bayou import allocate, inventory, methods, skeleton
-from bayou.benchmarks.kernels import term
 from bayou.benchmarks.pair import Shape
+from bayou.benchmarks.terms import term
 from bayou.checkpoint import Checkpoint, Output, header_bytes
 from bayou.compress import EMBEDDING_RATE
 from bayou.contents import Contents

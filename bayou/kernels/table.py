@@ -72,7 +72,7 @@ class Table:
         if not 1 <= len(shapes) <= PROJECTIONS or len({cols for _, cols in shapes}) != 1:
             raise BadInput(f"projections {list(shapes)}: 1 to {PROJECTIONS} that share an input are expected")
         self.shapes = tuple(shapes)
-        self.device = torch.device(device)
+        self.device = torch.empty(0, device=device).device  # "cuda" is the current one of several
         self.terms: list[Sequence[Terms]] = [[()] * len(shapes)] * slots
         self._kept: list[Any] = [None] * slots
         self.variants = dict.fromkeys(("shrink", "expand", "dense"), 0)

@@ -17,7 +17,7 @@ from bayou.errors import BadInput, Unsupported
 from bayou.kernels.one_delta import suits
 from bayou.serving import slots as kv
 from bayou.serving.decode import Decoder, Flight, Place
-from bayou.serving.few_bits import shrink
+from bayou.serving.few_bits import FewBits, shrink
 from bayou.serving.resident import Resident
 from bayou.serving.router import Rows, served
 from bayou.serving.sampling import Chosen, Row, Sampling, choose
@@ -106,7 +106,8 @@ class Runner:
     @property
     def nbytes(self) -> int:
         """Bytes of the base's weights."""
-        held = [t for t in (*self.base.parameters(), *self.base.buffers()) if not t.is_meta]
+        held = [p for p in self.base.parameters() if not p.is_meta]
+        held += [b for module in self.base.modules() if isinstance(module, FewBits) for b in module.buffers()]
         return sum({t.data_ptr(): t.nbytes for t in held}.values())
 
     @property

@@ -46,10 +46,11 @@ class Training:
     `length` tokens a step; where the text fills fewer, all of them, which progress and report say. rate: peak of AdamW;
     None is RATE, or WHOLE_RATE. alpha: share of KL(model || student) in the loss, the rest is cross-entropy.
     progressive: Progressive Module Replacement, whose probability begins at `start`; else the deltas run from the
-    start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none. search: trials of rate, alpha and start,
+    start. gain: train the gains too. lora: rank of LoRA on the rest, 0: none. whole: train the rest whole instead,
+    embeddings and norms too. rest_rate: peak rate of the rest; None is `rate`. search: trials of rate, alpha and start,
     on a tenth of the tokens (or STEPS steps) each, those given first; the rate is looked for within a factor of ten.
 
-    From progressive to start: of shared models alone. A rival's recovery is LoRA, or of some modules whole, as its
+    From progressive to rest_rate: of shared models alone. A rival's recovery is LoRA, or of some modules whole, as its
     Baseline says.
     """
 
@@ -64,6 +65,8 @@ class Training:
     gain: bool = True
     lora: int = 0
     start: float = Replacement.start
+    whole: bool = False
+    rest_rate: float | None = None
     search: int = 0
 
     def __post_init__(self) -> None:
@@ -75,14 +78,21 @@ class Training:
                 f"{self.lora}, {self.tokens} tokens, {self.batch} windows a step, {self.search} trials: alpha and PMR "
                 "are of 0 to 1, the rate is above 0, rank and trials are 0 or more"
             )
+        if self.rest_rate is not None and (self.rest_rate <= 0 or not (self.lora or self.whole)):
+            raise BadInput(
+                f"a rate of {self.rest_rate:g} for the rest: it must be above 0, and the rest be trained, by --lora or "
+                "--whole"
+            )
+        if self.lora and self.whole:
+            raise BadInput(f"--lora {self.lora} and --whole both train what is not tied: choose one")
         if not self.progressive and (self.blend or self.start != Replacement.start):
             raise BadInput("--blend and --pmr-start say how to replace progressively: leave out --no-pmr")
 
     @property
     def general(self) -> bool:
         """Whether nothing is set that is of shared models alone."""
-        alone = (self.progressive, self.blend, self.gain, self.lora, self.start)
-        return alone == (True, False, True, 0, Replacement.start)
+        alone = (self.progressive, self.blend, self.gain, self.lora, self.start, self.whole, self.rest_rate)
+        return alone == (True, False, True, 0, Replacement.start, False, None)
 
 
 def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress, *, seed: int = 0) -> Draft:
@@ -110,10 +120,13 @@ def train(draft: Draft, training: Training, checkpoint: Path, progress: Progress
             replacement=schedule,
             train_gain=training.gain,
             lora_rank=training.lora,
+            rest=training.whole,
             seed=seed,
         )
-        parameters, identity = tuple(learner.parameters()), _identity(draft, training)
-        return trainer.Pupil(OWN, learner.model, parameters, training.rate or RATE, learner.advance, identity), learner
+        parameters, rate = tuple(learner.parameters()), training.rate or RATE
+        multiples = learner.multiples((training.rest_rate or rate) / rate)
+        identity = _identity(draft, training)
+        return trainer.Pupil(OWN, learner.model, parameters, rate, learner.advance, multiples, identity), learner
 
     school = _School(original, teacher, training, _identity(draft, training), checkpoint, progress, seed)
     learner, told = school.taught(enrol)
@@ -140,7 +153,7 @@ def train_rival(
         model = copy.deepcopy(rival.model) if rival.tuned else student.twin(rival.model)
         learner = replace(rival, model=model)
         parameters = tuple(learner.trainable(seed=seed))
-        return trainer.Pupil(rival.name, model, parameters, training.rate or rate, None, identity), learner
+        return trainer.Pupil(rival.name, model, parameters, training.rate or rate, identity=identity), learner
 
     learner, told = _School(original, teacher, training, identity, checkpoint, progress, seed).taught(enrol)
     learner.finish()
@@ -329,6 +342,7 @@ def _identity(draft: Draft, training: Training) -> str:
     """
     ties = [[tie.tensor, tie.reference, tie.u.shape[1]] for tie in draft.shared.ties]
     how = [draft.initialisation, training.progressive, training.blend, training.gain, training.lora, training.start]
+    how += [training.whole, training.rest_rate]
     text = "" if draft.windows is None else hashlib.sha256(draft.windows.numpy().tobytes()).hexdigest()
     told = [_fingerprints(draft.original), ties, sorted(draft.shared.dropped), sorted(draft.tensors), text, how]
     return hashlib.sha256(json.dumps(told).encode()).hexdigest()

@@ -1,8 +1,9 @@
 """A shared model that can be trained: DeltaLLM's student, with Progressive Module Replacement.
 
 DeltaLLM (https://arxiv.org/abs/2501.18596): a tied matrix is W = gain * anchor + u v, the anchor being another
-layer's weight; u, v (and gain, if wanted) are trained, all else is frozen. During training a *switch* stands around
-each group of tied matrices (the MLP or the attention of a layer): it runs the original or the delta module.
+layer's weight; u, v (and gain, if wanted) are trained, all else is frozen, has LoRAs or is trained whole. During
+training a *switch* stands around each group of tied matrices (the MLP or the attention of a layer): it runs the
+original or the delta module.
 
 PMR draws as BERT-of-Theseus (https://arxiv.org/abs/2002.02925) does: one Bernoulli draw a module and forward, for
 the whole batch. The probability rises linearly, the modules nearest the output first:
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 
 from bayou import skeleton
 from bayou.errors import BadInput, Unsupported
-from bayou.sharing import Shared, Tie, lora
+from bayou.sharing import Shared, Tie, lora, whole
 
 
 @dataclass(frozen=True)
@@ -162,11 +163,21 @@ class Student:
         self.switches = switches
         self.tied = tied
         self.schedule = schedule
-        self.changed: dict[str, nn.Linear] = {}
+        self.changed: dict[str, Tensor] = {}
+        self.parts: list[whole.Part] = []  # of the rest, where that is trained whole
 
     def parameters(self) -> list[nn.Parameter]:
-        """What is trained: u and v of each tie (and its gain), A and B of each LoRA."""
+        """What is trained: u and v of each tie (and its gain), A and B of each LoRA, or the rest whole."""
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def multiples(self, rest: float) -> tuple[float, ...]:
+        """For each of `parameters()`: 1 for what is of a tie, `rest` for all else."""
+        own = {id(parameter) for parameter in self.of_ties()}
+        return tuple(1.0 if id(parameter) in own else rest for parameter in self.parameters())
+
+    def of_ties(self) -> list[nn.Parameter]:
+        """u, v and gain of every tie, trained or not."""
+        return [parameter for module in self.tied for parameter in (module.u, module.v, module.gain)]
 
     def advance(self, progress: float, forward: int) -> float:
         """Set the switches for forward number `forward`, at `progress` (0..1) of the tokens; share that is replaced.
@@ -196,15 +207,18 @@ class Student:
         merged = lora.merge(self.model)
         for module in self.tied:
             module.look_at(merged.get(id(module.anchor), module.anchor))
-        self.changed |= {paths[key]: linear for key, linear in merged.items()}
+        self.changed |= {f"{paths[key]}.weight": linear.weight.detach() for key, linear in merged.items()}
+        settled = {id(part.parameter) for part in whole.settle(self.parts)}
+        self.parts = []
+        self.changed |= {path: p.detach() for path, p in self.model.named_parameters() if id(p) in settled}
         return self.model
 
     def dense(self) -> dict[str, Tensor]:
-        """Module path of each weight that merging changed ("model.layers.3.mlp.up_proj.weight") -> the weight.
+        """Path of each parameter of the rest that training changed ("model.layers.3.mlp.up_proj.weight") -> its value.
 
         After `finish`. Empty for delta-only training.
         """
-        return {f"{path}.weight": linear.weight.detach() for path, linear in self.changed.items()}
+        return self.changed
 
 
 def twin(model: PreTrainedModel) -> PreTrainedModel:
@@ -221,6 +235,7 @@ def apply(
     train_gain: bool = False,
     lora_rank: int = 0,
     lora_alpha: float = 16.0,
+    rest: bool = False,
     seed: int = 0,
 ) -> Student:
     """Tie and drop what `shared` says, in place.
@@ -231,11 +246,15 @@ def apply(
         train_gain: whether the gains are trained beside u and v.
         lora_rank: above 0, LoRA of this rank on all linears of the decoder layers that are not tied ("delta-layer
             tuning with LoRA"), scaled by lora_alpha / lora_rank; merged by `finish`.
+        rest: train all that is neither tied nor dropped whole, embeddings, norms and anchors too; see sharing.whole.
 
     Raises:
-        BadInput: a name that the model has not, a shape that does not fit, an anchor that is tied or dropped.
+        BadInput: a name that the model has not, a shape that does not fit, an anchor that is tied or dropped, LoRA on
+            what is trained whole.
         Unsupported: a tie of something other than a whole nn.Linear.
     """
+    if rest and lora_rank:
+        raise BadInput(f"LoRA of rank {lora_rank} on the rest, and the rest trained whole: choose one")
     layers, _ = skeleton.decoder_layers(model)
     model.requires_grad_(False)
     names = [name for tie in shared.ties for name in (tie.tensor, tie.reference) if name is not None]
@@ -268,8 +287,8 @@ def apply(
     for path in sorted(groups, key=lambda p: [int(x) if x.isdigit() else x == "mlp" for x in p.split(".")]):
         switches[path] = Switch(model.get_submodule(path), groups[path])
         model.set_submodule(path, switches[path])
+    originals = tuple(switch.original for switch in switches.values())
     if lora_rank:
-        originals = tuple(switch.original for switch in switches.values())
         lora.add(model.get_submodule(layers), rank=lora_rank, alpha=lora_alpha, seed=seed, skip=originals)
     for module in tied:
         if module.reference is not None:
@@ -278,7 +297,10 @@ def apply(
             # An anchor may stand in a group of which other matrices are tied: it is the delta module's then.
             home = f"{group}.delta{path[len(group) :]}" if group in switches else path
             module.look_at(model.get_submodule(home))
-    return Student(model, switches, tied, replacement)
+    student = Student(model, switches, tied, replacement)
+    if rest:
+        student.parts = whole.unfreeze(model, skip=originals, but=student.of_ties())
+    return student
 
 
 def _copy(module: nn.Module) -> nn.Module:

@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch
 from bayou.sharing import objective
+from bayou.sharing.world import World
 
 RETURNS = 2
 """How often a student may go back to a checkpoint before it has failed."""
@@ -73,8 +73,9 @@ class Recipe:
 class Pupil:
     """A student as the loop sees it: its model, what is trained of it, the peak rate, and what sets its switches.
 
-    advance(progress, forward number) -> share of modules replaced; see student.Student.advance. identity: what a
-    checkpoint must belong to beside the parameters' shapes; a hash of what the model is and of what is tied in it.
+    advance(progress, forward number) -> share of modules replaced; see student.Student.advance. multiples: of the rate,
+    one a parameter; None is 1 for all. identity: what a checkpoint must belong to beside the parameters' shapes; a hash
+    of what the model is and of what is tied in it.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Pupil:
     parameters: tuple[nn.Parameter, ...]
     rate: float
     advance: Callable[[float, int], float] | None = None
+    multiples: tuple[float, ...] | None = None
     identity: str = ""
 
 
@@ -159,32 +161,6 @@ def fit(
     return _Run(pupils, teacher, windows, recipe, tokens, checkpoint).run(stop_after, progress)
 
 
-class _World:
-    """The processes that train together, through accelerate; just this one where none others were started."""
-
-    def __init__(self) -> None:
-        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), 0
-        self._accelerator: Any = None
-        if self.count > 1:
-            try:
-                from accelerate import Accelerator
-            except ImportError:
-                raise BadInput("training with several processes needs accelerate: pip install 'bayou[train]'") from None
-            self._accelerator = Accelerator()
-            self.count, self.rank = self._accelerator.num_processes, self._accelerator.process_index
-
-    def mean(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its mean over the processes."""
-        if self._accelerator is not None:
-            for tensor in tensors:
-                tensor.copy_(self._accelerator.reduce(tensor, "mean"))
-
-    def wait(self) -> None:
-        """Until all are here."""
-        if self._accelerator is not None:
-            self._accelerator.wait_for_everyone()
-
-
 class _Run:
     def __init__(
         self,
@@ -195,7 +171,7 @@ class _Run:
         tokens: int | None,
         checkpoint: Path | None,
     ) -> None:
-        self.world = _World()
+        self.world = World()
         micro = recipe.micro or recipe.batch // self.world.count
         if not pupils or any(not pupil.parameters for pupil in pupils):
             raise BadInput("nothing to train: give at least one student, each with parameters")
@@ -209,7 +185,7 @@ class _Run:
         self.device = pupils[0].parameters[0].device
         self.outcomes = [Outcome(pupil.name, pupil.rate) for pupil in pupils]
         self.optimisers = [
-            torch.optim.AdamW(pupil.parameters, lr=pupil.rate, betas=recipe.betas, weight_decay=recipe.decay)
+            torch.optim.AdamW(_groups(pupil), lr=pupil.rate, betas=recipe.betas, weight_decay=recipe.decay)
             for pupil in pupils
         ]
         if recipe.compile:
@@ -284,7 +260,8 @@ class _Run:
                 if self._returns(outcome):
                     return False
                 continue
-            optimiser.param_groups[0]["lr"] = outcome.rate * factor
+            for group in optimiser.param_groups:
+                group["lr"] = outcome.rate * factor * group["multiple"]
             optimiser.step()
             optimiser.zero_grad()
             outcome.curve.append((round(total, 6), round(ce, 6), round(kl, 6), round(replaced, 4)))
@@ -339,7 +316,8 @@ class _Run:
     def _key(self) -> str:
         """What a checkpoint must belong to: recipe, data, students."""
         shapes = [
-            [p.name, p.rate, [list(q.shape) for q in p.parameters], *filter(None, [p.identity])] for p in self.pupils
+            [p.name, p.rate, [list(q.shape) for q in p.parameters], *filter(None, [p.multiples, p.identity])]
+            for p in self.pupils
         ]
         # Where checkpoints lie in time and how a batch is cut up do not belong to a run.
         recipe = asdict(replace(self.recipe, every=1, micro=self.micro * self.world.count, chunk=1, compile=False))
@@ -383,6 +361,15 @@ class _Run:
             with atomic(self.path) as file:
                 file.write(save(state[0], {"state": json.dumps(state[1])}))
         self.world.wait()
+
+
+def _groups(pupil: Pupil) -> list[dict[str, Any]]:
+    """The pupil's parameters as AdamW wants them, those of one multiple of the rate together."""
+    multiples = pupil.multiples or (1.0,) * len(pupil.parameters)
+    groups: dict[float, list[nn.Parameter]] = {}
+    for parameter, multiple in zip(pupil.parameters, multiples, strict=True):
+        groups.setdefault(multiple, []).append(parameter)
+    return [{"params": parameters, "multiple": multiple} for multiple, parameters in groups.items()]
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
