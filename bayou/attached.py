@@ -128,15 +128,20 @@ class AttachedEmbedding(_Attached):
         rows = rows.to(self.base.dtype)
         if self.extra is not None:
             rows = torch.where((ids < count)[..., None], rows, self.extra[(ids - count).clamp(min=0)])
-        if type(self.inner).forward is nn.Embedding.forward:
-            return rows
-        # Inner's own forward on a table of just these rows, and of the row that its padding_idx needs.
-        table = rows.reshape(-1, rows.shape[-1])
-        padding: int = getattr(self.inner, "padding_idx", None) or 0
-        short = max(0, padding + 1 - table.shape[0])
-        table = functional.pad(table, (0, 0, 0, short))
-        order = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
-        return functional_call(self.inner, {"weight": table}, (order,))
+        return as_inner(self.inner, rows, ids)
+
+
+def as_inner(inner: nn.Module, rows: Tensor, ids: Tensor) -> Tensor:
+    """What an embedding module makes of ids (...) whose rows of its table are `rows` (..., d): some scale them."""
+    if type(inner).forward is nn.Embedding.forward:
+        return rows
+    # Inner's own forward on a table of just these rows, and of the row that its padding_idx needs.
+    table = rows.reshape(-1, rows.shape[-1])
+    padding: int = getattr(inner, "padding_idx", None) or 0
+    short = max(0, padding + 1 - table.shape[0])
+    table = functional.pad(table, (0, 0, 0, short))
+    order = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+    return functional_call(inner, {"weight": table}, (order,))
 
 
 @dataclass(frozen=True)

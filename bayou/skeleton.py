@@ -193,11 +193,14 @@ def _tied_groups(model: PreTrainedModel) -> dict[str, tuple[str, ...]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether calling the module is x @ weight.T + bias: nn.Linear, and GPT-2's Conv1D (weight transposed).
 
-    The output projection of nn.MultiheadAttention is an nn.Linear that is never called, so it is not one.
+    The output projection of nn.MultiheadAttention is an nn.Linear that is never called, so it is not one. A class whose
+    own forward computes the same says so by `computes_linear`.
     """
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return False
-    return isinstance(module, Conv1D) or getattr(type(module), "forward", None) is nn.Linear.forward
+    if isinstance(module, Conv1D) or getattr(type(module), "computes_linear", False):
+        return True
+    return getattr(type(module), "forward", None) is nn.Linear.forward
 
 
 def _role(module: nn.Module, path: str, ndim: int, is_head: bool) -> str:

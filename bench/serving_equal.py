@@ -71,7 +71,15 @@ def compare(model: Any, asked: list[list[int]], answers: list[list[int]], tokens
         best, second = scores.topk(2).values.tolist()
         gaps.append(best - second)
     ties = sum(gap < CLOSE for gap in gaps)
-    return {"asked": len(asked), "equal": equal, "ties": ties, "differing": len(gaps) - ties, "gaps": gaps}
+    rate = equal / len(asked)
+    return {
+        "asked": len(asked),
+        "equal": equal,
+        "rate": rate,
+        "ties": ties,
+        "differing": len(gaps) - ties,
+        "gaps": gaps,
+    }
 
 
 def pairs(words: list[str]) -> dict[str, Path]:
@@ -90,13 +98,21 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--unpack", action="store_true")
+    parser.add_argument("--kernels", action="store_true", help="decode in steps of fixed shape: graphs on a GPU")
     parser.add_argument("-o", "--out", type=Path)
     given = parser.parse_args()
     transformers.logging.disable_progress_bar()
     files, texts = pairs(given.delta), pairs(given.prompts)
     dtype = getattr(torch, given.dtype)
     many = len(files) * given.rows * 2
-    settings = Settings(batch=given.batch, queue=many, dtype=dtype, device=given.device, unpack=given.unpack)
+    settings = Settings(
+        batch=given.batch,
+        queue=many,
+        dtype=dtype,
+        device=given.device,
+        unpack=given.unpack,
+        kernels=given.kernels or None,
+    )
     engine = Engine(given.base, "base", settings)
     for name, file in files.items():
         engine.bank.register(name, file)
@@ -116,7 +132,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     engine.close()
     found: dict[str, Any] = {"dtype": given.dtype, "device": given.device, "tokens": sum(map(len, answers))}
-    found |= {"seconds": seconds, "machine": record.surroundings(given.device), "models": {}}
+    found |= {"seconds": seconds, "fixed_shape": engine.model.fixed}
+    found |= {"machine": record.surroundings(given.device), "models": {}}
     for name in ("base", *prompts):
         with tempfile.TemporaryDirectory() as scratch:
             folder = (

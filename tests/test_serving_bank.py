@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tenants
@@ -317,36 +316,10 @@ def test_the_kernels_tables_give_the_same_answers(made: tuple, tmp_path: Path) -
                 if name != "base":
                     assert answer.wait().tokens == greedy(models[name], prompt, 8), name
                 assert answer.wait().refused is None
-        tables = [module.deltas for module in engine.model.router.modules.values() if getattr(module, "deltas", None)]
-        assert len(tables) == 2 * 7 + 1
+        tables = [table.deltas for table in engine.model.router.tables]
+        assert len(tables) == 2 * 4 + 2, "a layer's q, k and v have one, gate and up another; embedding and head"
         held = {tenant.on_device.slot for name in files if (tenant := engine.bank.find(name)).on_device}
-        assert all({i for i, terms in enumerate(table.terms) if terms[0]} <= held for table in tables)
-    finally:
-        engine.close()
-
-
-@pytest.mark.parametrize("kernels", [False, True])
-def test_steps_of_rounded_shapes_give_the_same_answers(made: tuple, tmp_path: Path, kernels: bool) -> None:
-    """As on a GPU: rows that are nobody's fill a decode step up, more slots and positions are read than are used."""
-    base, files = made
-    engine = opened(made, batch=11, kernels=kernels)
-    engine.model.rounding = True
-    shapes: set[tuple[int, int, int]] = set()
-    decode = engine.model.slots._decode
-
-    def seen(rows: torch.Tensor, *rest: Any) -> torch.Tensor:
-        places = rest[2]
-        shapes.add((len(rows), len(places.by_slot), places.reach))
-        return decode(rows, *rest)
-
-    engine.model.slots._decode = seen  # type: ignore[method-assign]
-    try:
-        models = {name: alone(base, files[name], tmp_path / name) for name in ("dense", "lowrank", "exact")}
-        asked = [(name, p, Asked(engine, name, p, GREEDY)) for p in prompts(6, longest=70) for name in models]
-        for name, prompt, answer in asked:
-            assert answer.wait().tokens == greedy(models[name], prompt, 8), name
-        rows, slots, reach = zip(*shapes, strict=True)
-        assert set(rows) <= {1, 2, 4, 8, 16} and set(slots) <= {2, 4, 8, 12} and set(reach) <= {64, 128}
+        assert all({i for i, terms in enumerate(table.terms) if any(terms)} <= held for table in tables)
     finally:
         engine.close()
 

@@ -68,6 +68,22 @@ def load(
     _finish(bench.table(found), found, out, as_json)
 
 
+@app.command(epilog="Example: bayou bench serve --part decode --json")
+def serve(
+    part: Annotated[str, typer.Option(help="decode (a 7B's shapes), traffic (a 1B's), or all.")] = "all",
+    shape: Annotated[str | None, typer.Option(help="Of both parts: llama-2-7b, llama-3.2-1b or tiny.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer tenants, tokens and seconds.")] = False,
+    device: Device = "cuda",
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Serve many tenants: decode steps against the memory's floor and other ways, waiting times and stalls."""
+    from bayou.benchmarks import serve as bench
+
+    found = bench.run(shape=shape, part=part, quick=quick, device=device)
+    _finish(bench.table(found), found, out, as_json)
+
+
 @app.command(epilog="Example: bayou bench kernels --quick")
 def kernels(
     quick: Annotated[bool, typer.Option("--quick", help="A part of it only, in less than a minute.")] = False,

@@ -134,7 +134,7 @@ def _memory(device: str) -> dict[str, int]:
 def _budget(shape: Shape, layers: int, ratio: float) -> int:
     """Bytes by which `layers` layers get the ranks that they have in the whole model: embeddings weigh less there."""
     linears = sum(out * width for out, width in shape.linears().values())
-    tables = 2 * shape.vocabulary * shape.hidden
+    tables = shape.tables
     rate = 2 * (shape.layers * linears + tables) / ratio / (shape.layers * linears + EMBEDDING_RATE * tables)
     return int(rate * (layers * linears + EMBEDDING_RATE * tables))
 

@@ -22,17 +22,27 @@ DEVIATION, STRENGTH, RANK, EXPONENT, FLOOR = 0.02, 0.03, 256, 0.7, 0.5
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama: sizes as in its config. layers: of the whole model."""
+    """A Llama: sizes as in its config. layers: of the whole model. keys: heads of keys, as many as `heads` for 0."""
 
     hidden: int
     inner: int
     heads: int
     vocabulary: int
     layers: int
+    keys: int = 0
+    tied: bool = False
+
+    @property
+    def tables(self) -> int:
+        """Numbers of the embedding, and of the head where it is another matrix."""
+        return self.vocabulary * self.hidden * (1 if self.tied else 2)
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """(out, in) of a layer's matrices, by the end of their names."""
-        square = {f"self_attn.{leaf}_proj.weight": (self.hidden, self.hidden) for leaf in "qkvo"}
+        few = self.hidden * (self.keys or self.heads) // self.heads
+        square = {
+            f"self_attn.{leaf}_proj.weight": (few if leaf in "kv" else self.hidden, self.hidden) for leaf in "qkvo"
+        }
         wide = {f"mlp.{leaf}_proj.weight": (self.inner, self.hidden) for leaf in ("gate", "up")}
         return square | wide | {"mlp.down_proj.weight": (self.hidden, self.inner)}
 
@@ -45,7 +55,8 @@ class Shape:
             for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
                 yield f"model.layers.{layer}.{name}", (self.hidden,)
         yield "model.norm.weight", (self.hidden,)
-        yield "lm_head.weight", (self.vocabulary, self.hidden)
+        if not self.tied:
+            yield "lm_head.weight", (self.vocabulary, self.hidden)
 
     def config(self, layers: int) -> dict[str, object]:
         """config.json of such a model."""
@@ -55,17 +66,21 @@ class Shape:
             "hidden_size": self.hidden,
             "intermediate_size": self.inner,
             "num_attention_heads": self.heads,
-            "num_key_value_heads": self.heads,
+            "num_key_value_heads": self.keys or self.heads,
             "num_hidden_layers": layers,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": 4096,
             "rms_norm_eps": 1e-5,
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": self.tied,
             "torch_dtype": "bfloat16",
         }
 
 
-SHAPES = {"llama-2-7b": Shape(4096, 11008, 32, 32000, 32), "tiny": Shape(64, 176, 4, 512, 4)}
+SHAPES = {
+    "llama-2-7b": Shape(4096, 11008, 32, 32000, 32),
+    "llama-3.2-1b": Shape(2048, 8192, 32, 128256, 16, keys=8, tied=True),
+    "tiny": Shape(64, 176, 4, 512, 4),
+}
 
 
 class MemoryCheckpoint(Checkpoint):

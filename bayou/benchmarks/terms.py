@@ -66,15 +66,15 @@ def layouts(shapes: Sequence[Shape]) -> list[TermLayout]:
     return [site.terms[0] for site in allocate(sites, budget, embedding_rate=1.0)]
 
 
-def term(layout: TermLayout, shape: Shape, gain: float = 0.01) -> Term:
-    """A term of this layout with random codes, in one buffer on the GPU as a file's site is."""
-    buffer = torch.randint(0, 256, (layout.nbytes(shape),), dtype=torch.uint8, device="cuda")
+def term(layout: TermLayout, shape: Shape, gain: float = 0.01, device: str = "cuda") -> Term:
+    """A term of this layout with random codes and small scales, in one buffer as a file's site is."""
+    buffer = torch.randint(0, 256, (layout.nbytes(shape),), dtype=torch.uint8, device=device)
     matrices, offset = [], 0
     for spec, size in layout.matrices(shape):
         packed, offset = Packed.view(spec, size, buffer, offset)
         for part in packed.parts:
             if part.is_floating_point():
-                part.copy_(torch.rand(part.shape, device="cuda") * 0.05 + 0.01)
+                part.copy_(torch.rand(part.shape, device=device) * 0.05 + 0.01)
         matrices.append(packed)
     if layout.kind == "Dense":
         return Dense(matrices[0], gain)

@@ -3,6 +3,7 @@
 Where Triton is missing the reference runs, and a warning says so once per process.
 """
 
+import os
 import warnings
 from functools import cache
 
@@ -23,3 +24,8 @@ def triton_available() -> bool:
 def use_triton(x: torch.Tensor) -> bool:
     """Whether the Triton version should run on this tensor."""
     return x.is_cuda and triton_available()
+
+
+def interpreted() -> bool:
+    """Whether Triton runs in its interpreter, which multiplies the bits of bf16 numbers instead of the numbers."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

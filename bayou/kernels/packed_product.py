@@ -22,14 +22,14 @@ of x, the scale is applied to the product of a group, in fp32. What multiplies x
 bits than bf16 are cut into two bf16 parts, which take two columns of the tensor core's tile that would be idle.
 """
 
-import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bayou.kernels import use_triton
+from bayou.kernels import interpreted, use_triton
 from bayou.kernels.table import BLOCK, FIELDS, PROJECTIONS, Table
 from bayou.kernels.tuning import Choice, choice
 
@@ -84,6 +84,37 @@ def _triton(
         launch(stage, table, x, offsets, slots, outs, most=most, scratch=scratch)
 
 
+def compile_ahead(tables: Sequence[Table], sizes: Sequence[tuple[int, int]], dtype: torch.dtype) -> int:
+    """Compile what products with these tables will need, in threads; returns the number of launches that took.
+
+    sizes: (segments, most) of the products. Launches do nothing: all their segments are the base's. On the current
+    stream, on which nobody waits.
+    """
+    found: dict[Any, tuple[str, Table, int, int]] = {}
+    for table in tables:
+        for segments, most in sizes:
+            pair, rows = choice(table.key, segments, most), min(32, 1 << max(2, (most - 1).bit_length()))
+            for stage in table.stages:
+                key = stage, table.variants[stage], table.scaled, rows, pair
+                found.setdefault(key, (stage, table, segments, most))
+    if not found:
+        return 0
+    stream = torch.cuda.current_stream(tables[0].device) if tables[0].device.type == "cuda" else None
+
+    def one(stage: str, table: Table, segments: int, most: int) -> None:
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            x = torch.zeros(segments, table.shapes[0][1], dtype=dtype, device=table.device)
+            outs = [torch.zeros(segments, out, dtype=dtype, device=table.device) for out, _ in table.shapes]
+            offsets = torch.zeros(segments + 1, dtype=torch.int32, device=table.device)
+            slots = torch.full((segments,), -1, dtype=torch.int32, device=table.device)
+            launch(stage, table, x, offsets, slots, outs, most=most, scratch=table.scratch(segments))
+
+    with ThreadPoolExecutor(16) as pool:
+        for done in [pool.submit(one, *each) for each in found.values()]:
+            done.result()
+    return len(found)
+
+
 def launch(
     stage: str,
     table: Table,
@@ -118,7 +149,6 @@ def launch(
     target += target[-1:] * (PROJECTIONS - len(target))
     records, bounds = table.lists[stage]
     split = min(shrink.split, scratch.shape[0])
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     grid = (ends[-1], segments * row_tiles, split if stage == "shrink" else 1)
     packed_loops.product[grid](
         records,
@@ -145,8 +175,8 @@ def launch(
         SCALED=table.scaled and stage != "expand",
         STAGES=mine.stages,
         VARIANTS=table.variants[stage],
-        ASM=not interpreted and torch.version.hip is None,
-        DOT=tl.float32 if interpreted else tl.bfloat16,  # the interpreter would multiply the bits of bf16 numbers
+        ASM=not interpreted() and torch.version.hip is None,
+        DOT=tl.float32 if interpreted() else tl.bfloat16,
         num_warps=mine.warps,
         **({} if torch.version.hip else {"maxnreg": mine.registers}),
     )

@@ -124,6 +124,10 @@ class Table:
         self.terms[slot], self._kept[slot] = deltas, draft.kept
         return self._allow(draft)
 
+    def forget(self, slot: int) -> None:
+        """Let the deltas of `slot` go, without a word to the device: it must be written before it is used again."""
+        self.terms[slot], self._kept[slot] = [()] * len(self.shapes), None
+
     def clear(self, slot: int) -> None:
         """Make `slot` add nothing, and let its deltas go."""
         self.write(slot, [()] * len(self.shapes))

@@ -39,7 +39,8 @@ def choice(key: str, segments: int, most: int) -> Pair:
 
 
 def _name(key: str, segments: int, most: int) -> str:
-    return f"{key} segments {1 << (segments - 1).bit_length()} rows {1 << (most - 1).bit_length()}"
+    rows = 1 if most <= 4 else 1 << (most - 1).bit_length()  # up to 4 lie in one and the same tile
+    return f"{key} segments {1 << (segments - 1).bit_length()} rows {rows}"
 
 
 def _default(segments: int, most: int) -> Pair:

@@ -47,6 +47,7 @@ def serve(
     dtype: Annotated[
         str | None, typer.Option(help="float32, float16 or bfloat16; float32 on the CPU, else bfloat16.")
     ] = None,
+    base_bits: Annotated[int, typer.Option(help="4 holds the base's linears in 4 bits; 16 as they are.")] = 16,
     unpack: Annotated[
         bool,
         typer.Option("--unpack", help="CPU: hold deltas as fp32, faster and up to 16 times as large."),
@@ -87,6 +88,7 @@ def serve(
         _dtype(dtype, device),
         device,
         unpack,
+        base_bits=base_bits,
     )
     _allow_many_files()
     logging.basicConfig(level=logging.INFO, format="bayou: %(message)s")

@@ -5,9 +5,13 @@
 One thread runs the steps. Before each it takes in who has come, lets go who has gone, and gives free slots to those
 whose tenants are on the device, in the order of their coming; then one piece of prefill and one decode step. A step
 that fails is done again a tenant at a time, so that only the culprit's requests fail.
+
+Where all that decode want their best tokens, a step is launched before those of the one before are read: the device is
+busy while these are made text and sent. An answer that turns out to have ended has one row too many in it, unheard.
 """
 
 import contextlib
+import sys
 import threading
 import time
 from collections import deque
@@ -19,6 +23,7 @@ import torch
 
 from bayou.errors import BayouError
 from bayou.serving.bank import Bank
+from bayou.serving.decode import Flight
 from bayou.serving.forward import Part, Runner
 from bayou.serving.refusals import Refused, busy
 from bayou.serving.sampling import Chosen, Row, Sampling
@@ -74,7 +79,7 @@ class Settings:
 
     memory, host_memory: bytes of deltas on the device and beside it. tenants: on the device at once. batch: answers at
     once. length: tokens of a prompt and its answer. queue: answers that may wait. piece: tokens of a prefill step.
-    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels: see Runner.
+    unpack: hold the deltas' factors as fp32 numbers, for speed on a CPU. kernels, base_bits: see Runner.
     """
 
     memory: int = 8 * 10**9
@@ -88,6 +93,7 @@ class Settings:
     device: str = "cpu"
     unpack: bool = False
     kernels: bool | None = None
+    base_bits: int = 16
 
 
 class Engine:
@@ -103,14 +109,18 @@ class Engine:
     def __init__(self, folder: Path, name: str = "base", settings: Settings | None = None) -> None:
         self.settings = settings or Settings()
         chosen = self.settings
+        if chosen.device != "cpu":  # the thread that steps must not wait 5 ms for one that unpacks a tenant's Plan
+            sys.setswitchinterval(min(sys.getswitchinterval(), 5e-4))
         lines = chosen.tenants + 1
         self.model = Runner(
-            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, kernels=chosen.kernels
+            folder, chosen.device, chosen.dtype, lines, chosen.batch, chosen.length, chosen.kernels, chosen.base_bits
         )
         self.length = self.model.slots.most
         self._free = list(range(self.settings.batch, 0, -1))
         self._waiting: deque[Answer] = deque()
         self._running: list[Answer] = []
+        self._flying: tuple[list[Answer], Flight] | None = None
+        self._over: list[Ticket] = []  # of answers that ended while a step with their rows was under way
         self._lock = threading.Condition()
         self._closed = False
         self.on_token: Callable[[Answer], None] = lambda _: None
@@ -214,6 +224,9 @@ class Engine:
             with self._lock:
                 self._closed = True
                 left = [*self._running, *self._waiting]
+            self._flying = None
+            for ticket in self._over:
+                self.bank.give_back(ticket)
             for answer in left:
                 self._finish(answer, Piece(refused=Refused("the server is shutting down", 503, "shutting_down")))
 
@@ -222,7 +235,7 @@ class Engine:
             self._let_go()
             self._admit()
             batch = list(self._running)
-            if not batch:
+            if not batch and self._flying is None:
                 if not self._closed:
                     self._lock.wait(_PATIENCE)
                 return
@@ -262,7 +275,10 @@ class Engine:
                 self._free.sort(reverse=True)
             with contextlib.suppress(ValueError):
                 self._waiting.remove(answer)
-        self.bank.give_back(answer.ticket)
+        if self._flying is None:
+            self.bank.give_back(answer.ticket)
+        else:  # its line and deltas may be read until that step is over
+            self._over.append(answer.ticket)
         self.on_end(answer, piece)
         if not answer.cancelled:
             answer.hear(piece)
@@ -281,8 +297,41 @@ class Engine:
             self._step(work, decode=False)
 
     def _decode(self, answers: list[Answer]) -> None:
-        if answers:
-            self._step([(answer, 1) for answer in answers], decode=True)
+        before = self._flying
+        if answers and all(answer.row.greedy for answer in answers):
+            flying, parts = [], []
+            for answer in answers:
+                known = len(answer.tokens)
+                ahead = before is not None and answer in before[0]
+                if ahead and (known + 1 - answer.prompt >= answer.row.sampling.max_tokens or known + 1 >= self.length):
+                    continue  # it ends with the token that is under way
+                flying.append(answer)
+                token = -1 if ahead else answer.tokens[-1]
+                parts.append(Part((token,), answer.done + ahead, answer.slot, answer.ticket.resident, answer.row))
+            flight = self.model.launch(parts) if parts else None
+            self._flying = (flying, flight) if flight is not None else before
+            if flight is not None or not parts:
+                self._land(before, after=self._flying if flight is not None else None)
+                return
+        self._land(before, after=None)
+        left = [answer for answer in answers if answer in self._running]
+        if left:
+            self._step([(answer, 1) for answer in left], decode=True)
+
+    def _land(self, flown: tuple[list[Answer], Flight] | None, after: tuple[list[Answer], Flight] | None) -> None:
+        """Hear the tokens of a step that was launched; `after` is under way by now."""
+        if flown is None:
+            return
+        answers, flight = flown
+        over, self._over = self._over, []
+        found = self.model.land(flight, [None] * len(answers))
+        self._flying = after
+        for ticket in over:
+            self.bank.give_back(ticket)
+        for answer, token in zip(answers, found, strict=True):
+            if answer in self._running:
+                answer.done += 1
+                self._hear(answer, token)
 
     def _step(self, work: list[tuple[Answer, int]], decode: bool) -> None:
         parts = []
@@ -305,11 +354,14 @@ class Engine:
         for (answer, count), found in zip(work, chosen, strict=True):
             answer.done += count
             if answer.done == len(answer.tokens):
-                try:
-                    self._hear_token(answer, found)
-                except BaseException as error:  # a tenant's tokenizer may raise anything, even panic in Rust
-                    if answer in self._running:
-                        self._finish(answer, Piece(refused=_failure(error)))
+                self._hear(answer, found)
+
+    def _hear(self, answer: Answer, found: Chosen | None) -> None:
+        try:
+            self._hear_token(answer, found)
+        except BaseException as error:  # a tenant's tokenizer may raise anything, even panic in Rust
+            if answer in self._running:
+                self._finish(answer, Piece(refused=_failure(error)))
 
     def _hear_token(self, answer: Answer, found: Chosen | None) -> None:
         if found is None:

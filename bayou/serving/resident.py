@@ -68,6 +68,10 @@ class Resident:
         """The same in page-locked memory of the CPU, from which a copy to the device does not hold up anyone."""
         return self._mapped(lambda whole: whole.cpu().pin_memory())
 
+    def copy(self) -> "Resident":
+        """The same in memory of its own, without a slot."""
+        return self._mapped(torch.clone)
+
     def unpacked(self) -> "Resident":
         """The same with every factor as the fp32 numbers that it decodes to: faster on a CPU, and many times larger."""
         known: dict[int, Packed] = {}
@@ -137,7 +141,12 @@ def read(base: PreTrainedModel, file: DeltaFile, routed: Mapping[str, nn.Module]
     that may differ from row to row; what is read stands around these, for a step may swap a module's parameters for a
     moment while the next tenant is read. Raises DamagedFile, and Unsupported for what cannot be served over this base.
     """
-    read_unplaced(file, skeleton.places(base, file.tensors()))
+    places = skeleton.places(base, file.tensors())
+    read_unplaced(file, places)
+    rounded = {path for path, parameter in base.named_parameters() if parameter.is_meta}
+    for name in file.exact:
+        if name in places and places[name].path in rounded:
+            raise Unsupported(f"{file.path}: {name} is stored as a whole, which a base in 4 bits has no place for")
     paths = {id(module): path for path, module in base.named_modules()}
     embedding = base.get_input_embeddings()
     modules: dict[str, nn.Module] = {}
@@ -151,6 +160,8 @@ def read(base: PreTrainedModel, file: DeltaFile, routed: Mapping[str, nn.Module]
         if path not in routed:
             raise Unsupported(f"{file.path}: {path}.{leaf} differs from the base's, and cannot differ from row to row")
         if isinstance(value, nn.Module):
+            if isinstance(value, AttachedLinear) and value.base.is_meta and not value.aligned:
+                raise Unsupported(f"{file.path}: {path} differs from a matrix that a base in 4 bits does not hold")
             value.inner = routed[path]
             modules[path] = value
             grown = getattr(value, "rows", rows)

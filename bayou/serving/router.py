@@ -3,16 +3,16 @@
 A step's rows lie sorted by tenant, in segments. The routed modules stand in a copy of the base's module tree, around
 the same parameters:
 
-    RoutedLinear     one product with the base's weight for all rows, and each segment's delta.apply on its rows; on a
-                     GPU one launch or two for all segments, from a kernel's table with a line a resident
+    RoutedLinear     one product with the base's weight for all rows, and each segment's delta.apply on its rows
     RoutedEmbedding  a look-up by segment
     RoutedNorm       one pass with each row's own weight and bias, gathered from a table with a line a resident
-    RoutedModule     whatever else has parameters (experts, a gate, learned positions), a segment at a time
+    RoutedModule     whatever else has parameters (experts, a gate), a segment at a time
+
+On a GPU the first three take what they need of all tenants from tables, in the same few launches whoever they are.
 
 Rows of the base itself are computed with the base's own modules, as if there were no tenants.
 """
 
-import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,12 +26,13 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bayou.attached import Around, AttachedLinear
-from bayou.delta import Term
-from bayou.errors import BadInput, Unsupported
-from bayou.kernels.packed_product import packed_product
-from bayou.kernels.table import Table
+from bayou.attached import Around, AttachedLinear, as_inner
+from bayou.errors import Unsupported
+from bayou.kernels.row_norm import kind_of, row_norm
+from bayou.kernels.table import PROJECTIONS
+from bayou.serving.few_bits import base_product
 from bayou.serving.resident import Resident
+from bayou.serving.tables import DeltaTable, EmbeddingTable, LinearTable, compile_ahead, misfit
 from bayou.skeleton import is_linear
 
 
@@ -39,25 +40,24 @@ from bayou.skeleton import is_linear
 class Rows:
     """The rows that a module is given in one step, sorted by tenant.
 
-    segments: (first row, row after the last, tenant or None for the base). slots: (rows,) each row's line in the
-    tables. For kernels, offsets: (segments + 1,) int32 the segments' first rows and the end, lines: (segments,) int32
-    their lines, -1 for the base.
+    segments: (first row, row after the last, tenant or None for the base); empty in a step that is the same whoever its
+    tenants are. slots: (rows,) each row's line in the tables. tables: whether linears, embeddings and norms compute all
+    rows at once, by their lines. For kernels then, offsets: (segments + 1,) int32 the segments' first rows and the end,
+    lines: (segments,) int32 their lines, -1 for the base; None where all rows are the base's. most: no segment has more
+    rows.
     """
 
     segments: tuple[tuple[int, int, Resident | None], ...]
     slots: Tensor
+    tables: bool = False
     offsets: Tensor | None = None
     lines: Tensor | None = None
-
-    @property
-    def most(self) -> int:
-        """Rows of the largest segment."""
-        return max(stop - start for start, stop, _ in self.segments)
+    most: int = 0
 
     @property
     def count(self) -> int:
         """All rows."""
-        return self.segments[-1][1]
+        return len(self.slots)
 
     def own(self, path: str) -> Iterator[tuple[int, int, nn.Module | None, dict[str, Tensor] | None]]:
         """(start, stop, attached module, own parameters) of each segment, both None where the base's do."""
@@ -75,7 +75,9 @@ _NOBODY = Rows(((0, 0, None),), torch.zeros(0, dtype=torch.long))
 class Router:
     """Lets the modules of a served tree know the rows of the step; `rows` of all tokens, `kept` of the head's.
 
-    lines: of the tables. kernels: whether linears multiply by all tenants' deltas at once.
+    lines: of the tables. kernels: whether there are tables of deltas. version: changes when a step that was captured no
+    longer holds; compiled: the one whose kernels are, for products of the `sizes` (segments, most). apart: line -> why
+    the tenant there has no place in tables. own: the base's parameters by path; a step may swap a module's meanwhile.
     """
 
     lines: int = 1
@@ -84,6 +86,18 @@ class Router:
     kept: Rows = _NOBODY
     probing: int = 0
     modules: dict[str, "Routed"] = field(default_factory=dict)
+    called: list[tuple["RoutedLinear", Tensor]] = field(default_factory=list)
+    own: dict[str, dict[str, nn.Parameter]] = field(default_factory=dict)
+    tables: list[DeltaTable] = field(default_factory=list)
+    version: int = 0
+    compiled: int = 0
+    sizes: list[tuple[int, int]] = field(default_factory=list)
+    apart: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def alone(self) -> list[str]:
+        """Modules that are computed tenant by tenant in any step."""
+        return [path for path, module in self.modules.items() if isinstance(module, RoutedModule)]
 
     @contextmanager
     def step(self, rows: Rows, kept: Rows) -> Iterator[None]:
@@ -96,26 +110,62 @@ class Router:
 
     @contextmanager
     def probe(self, rows: Rows) -> Iterator[None]:
-        """While a first step runs in which each module finds out along which axis its rows lie."""
+        """While a first step runs, in which modules find out along which axis rows lie, and who shares an input."""
         self.probing = rows.count
         try:
             with self.step(rows, rows):
                 yield
+            if self.kernels:
+                self._make_tables()
         finally:
             self.probing = 0
+            self.called.clear()
+
+    @torch.inference_mode(False)  # other threads write to them
+    def _make_tables(self) -> None:
+        groups: list[list[RoutedLinear]] = []
+        last = None
+        for module, x in self.called:
+            alike = last is x and type(module.inner) is type(groups[-1][-1].inner) and not module.head
+            if alike and isinstance(module.inner, nn.Linear) and len(groups[-1]) < PROJECTIONS:
+                groups[-1].append(module)
+            else:
+                groups.append([module])
+            last = x
+        for group in groups:
+            biases = [module.table.get("bias") for module in group]
+            table = LinearTable({m.path: m.inner for m in group}, biases, self.lines, self.outdate)
+            for place, linear in enumerate(group):
+                linear.deltas, linear.place = table, place
+            self.tables.append(table)
+        for path, routed in self.modules.items():
+            if isinstance(routed, RoutedEmbedding):
+                routed.deltas = EmbeddingTable({path: routed.inner}, self.lines, self.outdate)
+                self.tables.append(routed.deltas)
+
+    def outdate(self) -> None:
+        """What was captured no longer holds."""
+        self.version += 1
 
     def install(self, resident: Resident) -> None:
         """Write a resident into its line of the tables. No row of a step may be using the line."""
+        why = misfit(resident, self.own) if self.kernels else None
         for path, module in self.modules.items():
             module.write(resident.slot, resident.tensors.get(path, {}))
-            if self.kernels and isinstance(module, RoutedLinear):
-                module.write_delta(resident.slot, resident.modules.get(path))
+        if why:
+            self.apart[resident.slot] = why
+            return
+        for table in self.tables:
+            table.write(resident.slot, resident)
+        if self.compiled != self.version:  # here, where nobody's step waits for it
+            self.compiled = self.version
+            compile_ahead(self.tables, self.sizes)
 
     def clear(self, line: int) -> None:
-        """Let go of the deltas in a line of the kernels' tables."""
-        for module in self.modules.values() if self.kernels else ():
-            if isinstance(module, RoutedLinear):
-                module.write_delta(line, None)
+        """Let go of the deltas in a line of the tables. The device is not told: nobody's rows are there any more."""
+        self.apart.pop(line, None)
+        for table in self.tables:
+            table.forget(line)
 
 
 class Routed(Around):
@@ -156,29 +206,8 @@ def _axis(tensor: Tensor, rows: int, path: str) -> int:
 class RoutedLinear(Routed):
     """nn.Linear or Conv1D; of the head, tokens that a row's tenant lacks have the score -inf."""
 
-    deltas: Table | None = None
-    former: Any = None
-
-    def write_delta(self, line: int, module: nn.Module | None) -> None:
-        """A line of the kernel's table: the delta of `module`, nothing for None and for what is computed apart."""
-        terms: tuple[Term, ...] = ()
-        if isinstance(module, AttachedLinear) and module.aligned:
-            terms = module.delta.terms
-        if self.deltas is None and not terms:
-            return
-        old = self.deltas
-        with contextlib.suppress(BadInput):  # which says that the table was made for smaller deltas
-            if old is not None:
-                old.write(line, [terms])
-                return
-        every = {i: each for i, each in enumerate(old.terms if old else ()) if each[0]} | {line: [terms]}
-        weight: Tensor = self.inner.weight  # type: ignore[assignment]
-        shape = tuple(weight.T.shape if isinstance(self.inner, Conv1D) else weight.shape)
-        table = Table([(shape[0], shape[1])], self.router.lines, list(every.values()), weight.device)
-        for i, each in every.items():
-            table.write(i, each)
-        # It takes the old one's place when all is in it; a step that runs may still be reading the old one's memory.
-        self.deltas, self.former = table, old.lists if old else None
+    deltas: LinearTable | None = None
+    place = 0
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out), with as many rows in all as the step has."""
@@ -186,30 +215,30 @@ class RoutedLinear(Routed):
         flat = x.reshape(-1, x.shape[-1])
         if len(flat) != rows.count:
             raise Unsupported(f"{self.path} is given {len(flat)} rows of the {rows.count} that the step has")
+        if self.router.probing and self.router.kernels:
+            self.router.called.append((self, x))
+        if rows.tables:
+            assert self.deltas is not None
+            return self.deltas.output(self.place, x, rows).view(*x.shape[:-1], -1)
         parts = [part for part in rows.own(self.path) if part[2] is not None or part[3] is not None]
         if not parts:
             y = self.inner(flat)
         elif all(module is not None and module.gain == 1 and module.aligned and not own for _, _, module, own in parts):
             y = self.inner(flat)
-            self._add_deltas(flat, y, parts, rows)
+            self._add_deltas(flat, y, parts)
         else:
             y = self._apart(flat, parts, rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _add_deltas(self, x: Tensor, y: Tensor, parts: list[Any], rows: Rows) -> None:
+    @staticmethod
+    def _add_deltas(x: Tensor, y: Tensor, parts: list[Any]) -> None:
         """y += x @ delta.T of each segment, in place."""
-        table = self.deltas  # the loader may put a larger one in its place meanwhile
-        if table is not None and rows.offsets is not None and rows.lines is not None:
-            scratch = table.scratch(len(x))
-            packed_product(table, x, rows.offsets, rows.lines, [y], most=rows.most, scratch=scratch)
-            return
         for start, stop, module, _ in parts:
             y[start:stop] += module.delta.apply(x[start:stop])
 
     def _apart(self, x: Tensor, parts: list[Any], rows: Rows) -> Tensor:
         """As above where a gain, a bias, a whole weight or another number of outputs differs too."""
-        weight: Tensor = self.inner.weight  # type: ignore[assignment]
-        y = functional.linear(x, weight.T if isinstance(self.inner, Conv1D) else weight)
+        y = base_product(self.inner, x)
         plain, found = [], {}
         for start, stop, module, own in parts:
             if own is not None and "weight" in own:
@@ -221,7 +250,7 @@ class RoutedLinear(Routed):
             elif module is not None:
                 assert isinstance(module, AttachedLinear)
                 found[start, stop] = module.product(x[start:stop])
-        self._add_deltas(x, y, plain, rows)
+        self._add_deltas(x, y, plain)
         if self.head:
             wide = max(y.shape[1], *(part.shape[1] for part in found.values()), 0)
             y = functional.pad(y, (0, wide - y.shape[1]), value=-torch.inf)
@@ -236,9 +265,15 @@ class RoutedLinear(Routed):
 class RoutedEmbedding(Routed):
     """nn.Embedding, scaled ones too."""
 
+    deltas: EmbeddingTable | None = None
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids, as many as the step has rows -> (..., d)."""
         flat = ids.reshape(-1)
+        if self.rows.tables:
+            assert self.deltas is not None
+            found = as_inner(self.inner, self.deltas.look_up(flat, self.rows.slots), flat)
+            return found.view(*ids.shape, found.shape[-1])
         pieces = []
         for start, stop, module, own in self.rows.own(self.path):
             if module is not None:
@@ -255,13 +290,20 @@ class RoutedNorm(Routed):
     """A normalisation over the last axis, with weight and bias by row."""
 
     axis = -2
+    kind: tuple[str, float] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x -> the same shape."""
         if self.router.probing:
             self.axis = _axis(x, self.router.probing, self.path)
+            self.kind = kind_of(self.inner) if self.router.kernels else None
         rows = self.rows
-        if not any(own for _, _, _, own in rows.own(self.path)):
+        if rows.tables and self.kind is not None:
+            kind, eps = self.kind
+            lead = x.movedim(self.axis, 0)
+            found = row_norm(lead.reshape(rows.count, -1, x.shape[-1]), self.table["weight"], rows.slots, eps, kind)
+            return found.view(lead.shape).movedim(0, self.axis)
+        if not rows.tables and not any(own for _, _, _, own in rows.own(self.path)):
             return self.inner(x)
         shape = [1] * x.ndim
         shape[self.axis], shape[-1] = rows.count, x.shape[-1]
@@ -336,6 +378,7 @@ def served(base: PreTrainedModel, lines: int, *, kernels: bool = False) -> tuple
             routed.make_table([leaf for leaf in leaves if leaf == "bias"], lines)
         tree.set_submodule(path, routed)
         router.modules[path] = routed
+        router.own[path] = dict(module.named_parameters(recurse=False))
     return tree, router
 
 

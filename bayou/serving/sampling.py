@@ -55,6 +55,11 @@ class Row:
     sampling: Sampling
     draws: random.Random = field(default_factory=random.Random)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the best token is all that is wanted."""
+        return self.sampling.temperature <= 0 and self.sampling.logprobs is None
+
 
 def choose(scores: Tensor, rows: Sequence[Row]) -> list[Chosen | None]:
     """The next token of each row of `scores` (rows, vocabulary); None where no score is a number.

@@ -4,11 +4,11 @@ Nothing is shared between slots: equal prompts of two tenants have different key
 next request with its old content out of every mask's reach.
 
 transformers' models call the attention function that their config names; ours writes the step's keys and values into
-the slots and attends to them there. In a decode step, one row a sequence, all shapes follow from the numbers of rows,
-slots and positions.
+the slots and attends to them there. A slot's keys of one head lie in one piece, as decoding reads them.
 """
 
 from dataclasses import dataclass, field
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn import functional
 from transformers import AttentionInterface, PreTrainedModel
 
 from bayou.errors import Unsupported
+from bayou.kernels.decode_attention import decode_attention
+from bayou.kernels.rotary import in_place_of
 
 NAME = "bayou_slots"
 _FIRST = 256
@@ -30,6 +32,7 @@ class Places:
     slot, position: (rows,) int64. spans: (first row, row after the last, slot, first position) of each sequence of a
     prefill. by_slot: of a decode step instead, (slots,) the row of each slot that is read, any row for an idle one.
     filled: (slots,) the position after the last of each. reach: positions that are read, at least all of `filled`.
+    With neither, a decode step of which the host need not know the slots and positions.
     """
 
     slot: Tensor
@@ -56,14 +59,14 @@ class Slots:
         return sum(t.nbytes for pair in self.layers.values() for t in pair)
 
     def reserve(self, positions: int) -> bool:
-        """Make room for sequences of so many positions; whether memory had to move (a captured graph is void then)."""
+        """Make room for sequences of so many positions; whether memory had to move (what was captured is void then)."""
         if positions <= self.length:
             return False
         length = self.length
         while length < positions:
             length = min(2 * length, self.most)
         for layer, pair in self.layers.items():
-            if pair[0].shape[1] < length:  # where memory ran out half way, the next try goes on from there
+            if pair[0].shape[2] < length:  # where memory ran out half way, the next try goes on from there
                 self.layers[layer] = (_longer(pair[0], length), _longer(pair[1], length))
         self.length = length
         return True
@@ -85,13 +88,16 @@ class Slots:
         k, v = key[0].transpose(0, 1), value[0].transpose(0, 1)
         if layer not in self.layers:
             self.layers[layer] = tuple(  # type: ignore[assignment]
-                t.new_zeros(self.count, self.length, *t.shape[1:]) for t in (k, v)
+                t.new_zeros(self.count, t.shape[1], self.length, t.shape[2]) for t in (k, v)
             )
         keys, values = self.layers[layer]
-        keys[places.slot, places.position] = k
-        values[places.slot, places.position] = v
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         rows = query[0].transpose(0, 1)
+        if places.by_slot is None and not places.spans:
+            where = places.slot, places.position
+            return decode_attention(rows, k, v, keys, values, *where, scale=scale, window=window, softcap=softcap)[None]
+        keys[places.slot, :, places.position] = k
+        values[places.slot, :, places.position] = v
         if places.by_slot is not None:
             return self._decode(rows, keys, values, places, scale, window, softcap)[None]
         out = rows.new_empty(*rows.shape[:2], v.shape[-1])
@@ -100,8 +106,8 @@ class Slots:
             mask = None if first == 0 and (window is None or past <= window) else _causal(places, first, past, window)
             found = _attention(
                 rows[start:stop].transpose(0, 1)[None],
-                keys[slot : slot + 1, :past].transpose(1, 2),
-                values[slot : slot + 1, :past].transpose(1, 2),
+                keys[slot : slot + 1, :, :past],
+                values[slot : slot + 1, :, :past],
                 mask,
                 scale,
                 softcap,
@@ -121,7 +127,7 @@ class Slots:
     ) -> Tensor:
         """One row a sequence: the few queries are put into the order of the slots, the keys and values stay."""
         assert places.by_slot is not None and places.filled is not None
-        slots, heads = len(places.by_slot), keys.shape[2]
+        slots, heads = len(places.by_slot), keys.shape[1]
         if window not in places.masks:
             position = torch.arange(places.reach, device=rows.device)
             seen = position < places.filled[:, None]
@@ -132,8 +138,8 @@ class Slots:
         grouped = rows[places.by_slot].view(slots, heads, -1, rows.shape[-1])
         found = _attention(
             grouped,
-            keys[:slots, : places.reach].transpose(1, 2),
-            values[:slots, : places.reach].transpose(1, 2),
+            keys[:slots, :, : places.reach],
+            values[:slots, :, : places.reach],
             places.masks[window],
             scale,
             softcap,
@@ -142,8 +148,8 @@ class Slots:
 
 
 def _longer(old: Tensor, length: int) -> Tensor:
-    new = old.new_zeros(old.shape[0], length, *old.shape[2:])
-    new[:, : old.shape[1]] = old
+    new = old.new_zeros(*old.shape[:2], length, old.shape[3])
+    new[:, :, : old.shape[2]] = old
     return new
 
 
@@ -191,10 +197,31 @@ def _forward(
     return slots.attend(module, query, key, value, scaling, sliding_window, softcap), None
 
 
-def put_into(tree: PreTrainedModel, slots: Slots) -> None:
-    """Let the attention modules of a served tree keep their keys and values in `slots`."""
+def put_into(tree: PreTrainedModel, slots: Slots, *, kernels: bool = False) -> None:
+    """Let the attention modules of a served tree keep their keys and values in `slots`.
+
+    kernels: and turn queries and keys in one launch, in the modules of this tree only.
+    """
     AttentionInterface.register(NAME, _forward)
     tree.config._attn_implementation = NAME
+    turned: dict[Any, Any] = {}
     for module in tree.modules():
         if isinstance(getattr(module, "layer_idx", None), int):
             module.bayou_slots = slots
+            if kernels:
+                _turn_fast(module, turned)
+
+
+def _turn_fast(module: nn.Module, known: dict[Any, Any]) -> None:
+    """Give a module a forward of its own, of the same code, that calls kernels/rotary.py by the name that it knows."""
+    forward = type(module).forward
+    name = "apply_rotary_pos_emb"
+    if not isinstance(forward, FunctionType) or name not in forward.__code__.co_names:
+        return
+    original = forward.__globals__.get(name)
+    if original is not None:
+        known.setdefault(original, in_place_of(original))
+        scope = {**forward.__globals__, name: known[original]}
+        own = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
+        own.__kwdefaults__ = forward.__kwdefaults__
+        module.forward = MethodType(own, module)
