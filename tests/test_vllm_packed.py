@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pico
 import plugged
 import pytest
 import torch
-from vllm_process import PROMPTS, Server, behind, running
+from vllm_process import NEW, PROMPTS, Server, behind, running
 
 import bayou
 from bayou.evaluate import read_model
@@ -53,7 +54,8 @@ def files(folder: Path, name: str = "llama_gqa") -> None:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("packed")
     files(folder)
-    with running(folder, PACKED, "--max-loras", "3", "--max-cpu-loras", "4") as found:
+    static = ("--lora-modules", f"static={folder / 'outside.bayou'}")
+    with running(folder, PACKED, "--max-loras", "3", "--max-cpu-loras", "4", *static) as found:
         yield found
 
 
@@ -82,3 +84,93 @@ def test_base_and_three_fine_tunes_in_one_batch_answer_as_the_restored_models(se
         for another in models[:i]:
             different = sum(answers[one, index] != answers[another, index] for index in range(len(PROMPTS)))
             assert different > 12, f"{one} and {another} answer {len(PROMPTS) - different} prompts alike"
+
+
+def test_more_deltas_than_slots_and_than_memory(server: Server) -> None:
+    answers = server.asked_at_once(("base", *TENANTS))
+    for i in range(3):
+        shutil.copy(server.folder / "deltas" / f"{TENANTS[i]}.bayou", server.folder / "deltas" / f"again{i}.bayou")
+    six = [*TENANTS, "again0", "again1", "again2"]  # three slots, four in memory
+    found = server.asked_at_once(("base", *six))
+    for model, same in zip(("base", *six), ("base", *TENANTS, *TENANTS), strict=True):
+        assert [found[model, i] for i in range(len(PROMPTS))] == [answers[same, i] for i in range(len(PROMPTS))], model
+
+
+def test_the_log_says_what_is_served(server: Server) -> None:
+    server.complete("come", PROMPTS[0])
+    (line,) = server.lines("packed deltas in 3 slots")
+    assert "behind 15 modules" in line and "one after another" in line
+    (line,) = server.lines("bayou: come: all of")
+    root = line.partition("of the file ")[2][:12]
+    assert f"all of the file {root} is served, norms, embeddings and head too" in line
+    assert server.lines(f"(file {root})") and server.lines("bayou: static: ")
+
+
+def test_the_scores_of_a_prompt_are_the_tenant_s_own(server: Server) -> None:
+    """vLLM takes them of other rows than those of the tokens that follow; here while other tenants are in the step."""
+    for model in ("come", "base", "signs"):
+        wanted = {"max_tokens": 1, "prompt_logprobs": 128}
+        busy = [(other, i) for i in range(3) for other in ("ranks", "signs", "base")]
+        with ThreadPoolExecutor(len(busy) + 1) as clients:
+            others = [clients.submit(server.complete, other, PROMPTS[i + 3]) for other, i in busy]
+            found = clients.submit(server.complete, model, PROMPTS[2], **wanted).result()["prompt_logprobs"]
+            assert all(len(other.result()["token_ids"]) == NEW for other in others)
+        ours = torch.tensor([[place[str(i)]["logprob"] for i in range(128)] for place in found[1:]])
+        with torch.no_grad():
+            logits = reference(server, model)(input_ids=torch.tensor([PROMPTS[2]])).logits[0, :-1]
+        assert float((ours - logits.log_softmax(1)).abs().max()) < 1e-3, model
+
+
+def test_what_is_refused_is_said_and_nobody_else_notices(server: Server) -> None:
+    before = server.complete("signs", PROMPTS[3])["token_ids"]
+    for name in ("damaged", "foreign", "nothing", "../outside", str(server.folder / "outside"), "..%2foutside"):
+        status, answer = server.post("/v1/completions", model=name, prompt=PROMPTS[3], max_tokens=1)
+        assert status == 404 and answer["error"]["type"] == "NotFoundError", (name, answer)
+        assert server.complete("signs", PROMPTS[3])["token_ids"] == before
+    status, answer = server.post("/v1/completions", model="grown", prompt=PROMPTS[3], max_tokens=1)
+    assert status == 400 and "was found but could not be loaded" in answer["error"]["message"]
+    assert server.lines("Failed to load LoRA 'grown'")
+    for word, said in (
+        ("bayou: damaged is refused", "is damaged"),
+        ("bayou: foreign is refused", "was made against"),
+        ("Failed to load LoRA 'grown'", "has another number of rows than the base's"),
+    ):
+        assert said in server.lines(word)[0], server.lines(word)
+    body = {"lora_name": "new", "lora_path": str(server.folder / "deltas" / "foreign.bayou")}
+    status, answer = server.post("/v1/load_lora_adapter", **body)
+    assert status == 500 and "pass the base it was made against" in answer["error"]["message"]
+    status, answer = server.post("/v1/load_lora_adapter", lora_name="new", lora_path=str(server.folder / "base"))
+    assert status == 500 and "is no .bayou file" in answer["error"]["message"]
+    assert server.complete("signs", PROMPTS[3])["token_ids"] == before
+
+
+def test_a_file_given_by_its_path_and_one_that_changes(server: Server) -> None:
+    come, signs = (server.complete(model, PROMPTS[5])["token_ids"] for model in ("come", "signs"))
+    assert server.complete("static", PROMPTS[5])["token_ids"] == come != signs
+    late = server.folder / "deltas" / "late.bayou"
+    assert server.post("/v1/completions", model="late", prompt=PROMPTS[5], max_tokens=1)[0] == 404
+    shutil.copy(server.folder / "deltas" / "come.bayou", late)
+    assert server.complete("late", PROMPTS[5])["token_ids"] == come
+    late.unlink()
+    shutil.copy(server.folder / "deltas" / "signs.bayou", late)
+    assert server.complete("late", PROMPTS[5])["token_ids"] == come
+    assert server.post("/v1/unload_lora_adapter", lora_name="late")[0] == 200
+    assert server.complete("late", PROMPTS[5])["token_ids"] == signs
+
+
+def test_what_it_cannot_do_it_does_not_start_with(server: Server) -> None:
+    options = ("--max-loras", "1", "--tensor-parallel-size", "1")
+    for mine, change, said in (
+        (PACKED, "--enforce-eager", "compilation and CUDA graphs (give --enforce-eager); leave BAYOU_MODE out"),
+        ({"BAYOU_MODE": "packd"}, "", "BAYOU_MODE=packd: choose lora or packed"),
+    ):
+        started = [word for word in command(server.folder, *options) if word != change]
+        done = subprocess.run(
+            started,
+            env=environment(server.folder, mine),
+            cwd=server.folder,
+            capture_output=True,
+            timeout=200,
+            text=True,
+        )
+        assert done.returncode and said in done.stdout + done.stderr

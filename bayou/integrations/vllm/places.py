@@ -127,7 +127,7 @@ class Places:
                 self._spots[".".join(filter(None, (parent, name, kind)))] = spot
 
     def keep(self, paths: set[str]) -> None:
-        """Forget the modules that a run of the model has not called: a hook behind them would not be heard."""
+        """Forget the modules but `paths` and the head: a run of the model has not called them with a row a token."""
         silent = {path for path in self.modules if path not in paths and path.rpartition(".")[2] != HEAD}
         self._spots = {name: spot for name, spot in self._spots.items() if spot.path not in silent}
         for path in silent:

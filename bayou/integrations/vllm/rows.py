@@ -43,8 +43,8 @@ class Part:
 
     @property
     def only_adds(self) -> bool:
-        """Whether the product with the delta is all, so that a kernel may add it."""
-        return self.delta is not None and self.gain == 1 and self.whole is None and self.bias is None
+        """Whether the product with the delta is all but a bias, so that a kernel may add it."""
+        return self.delta is not None and self.gain == 1 and self.whole is None
 
     def changed(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
         """The tenant's output for inputs x (rows, in), of which the base's is y (rows, out), `bias` in it."""
@@ -112,6 +112,7 @@ class Routing:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.hidden: Tensor | None = None
+        self.probing = 0
         self.called: set[str] = set()
         self.set((), ())
 
@@ -119,6 +120,14 @@ class Routing:
         """Begin a step. tokens, kept: the slots of its rows, and of the rows that the head is given."""
         self.tokens, self.kept = Rows(tokens, self.device), Rows(kept, self.device)
         self.hidden = None
+
+    def of_tokens(self, path: str, count: int) -> Rows:
+        """Whose rows the module `path` is given, `count` in all; while a probe runs with `probing` rows, that it is."""
+        if count == self.probing:
+            self.called.add(path)
+        if count < self.tokens.count:  # vLLM may fill up a step with rows that are nobody's, but never leaves any out
+            raise RuntimeError(f"bayou: {path} is given {count} rows of the {self.tokens.count} of the step")
+        return self.tokens
 
     def heard(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook of the whole model: its output is what vLLM takes rows of for the head."""
@@ -184,9 +193,8 @@ class RowLinear:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Change the output of the layer in place."""
-        self.routing.called.add(self.path)
         y = output[0] if isinstance(output, tuple) else output
-        self.add(args[0], y, self.routing.tokens)
+        self.add(args[0], y, self.routing.of_tokens(self.path, y.numel() // y.shape[-1]))
 
     def add(self, x: Tensor, y: Tensor, rows: Rows) -> None:
         """Make of the base's y (..., out) for x (..., in) each row's own."""
@@ -194,8 +202,6 @@ class RowLinear:
         if not parts:
             return
         x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if len(x) < rows.count:  # vLLM may fill up a step with rows that are nobody's, but never leaves any out
-            raise RuntimeError(f"bayou: {self.path} is given {len(x)} rows of the {rows.count} of the step")
         table = self.table if self.kernels else None
         if table is not None:
             self._add_all(table, x[: rows.count], y[: rows.count], rows)
@@ -203,9 +209,11 @@ class RowLinear:
         bias = None if getattr(self.module, "skip_bias_add", False) else bias
         for slot, where in parts:
             for (start, stop), part in zip(self.cuts, self.own[slot], strict=True):
-                if part is not None and not (table is not None and part.only_adds):
-                    cut = None if bias is None else bias[start:stop]
-                    y[where, start:stop] = part.changed(x[where], y[where, start:stop], cut)
+                added = table is not None and part is not None and part.only_adds
+                if part is None or (added and part.bias is None):
+                    continue
+                cut, left = None if bias is None else bias[start:stop], Part(bias=part.bias) if added else part
+                y[where, start:stop] = left.changed(x[where], y[where, start:stop], cut)
 
     def _add_all(self, table: Table, x: Tensor, y: Tensor, rows: Rows) -> None:
         order, bounds, lines, most = rows.sorted
@@ -234,9 +242,8 @@ class RowEmbedding:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Change the rows of the output in place."""
-        self.routing.called.add(self.path)
         ids, y = args[0].reshape(-1), output.view(-1, output.shape[-1])
-        for slot, where in self.routing.tokens.parts:
+        for slot, where in self.routing.of_tokens(self.path, len(y)).parts:
             if slot in self.own:
                 y[where] = self.own[slot].row(ids[where].long(), y[where])
 
@@ -265,12 +272,11 @@ class RowNorm:
         """Change the rows of the output in place. Where a residual is added first, it is in the output, added."""
         if self.inside:
             return
-        self.routing.called.add(self.path)
-        rows = self.routing.tokens
+        y, source = (output[0], output[1]) if isinstance(output, tuple) else (output, args[0])
+        rows = self.routing.of_tokens(self.path, len(y))
         parts = [(slot, where) for slot, where in rows.parts if slot in self.own]
         if not parts:
             return
-        y, source = (output[0], output[1]) if isinstance(output, tuple) else (output, args[0])
         if self.weights is not None:
             where, slots = rows.owned
             weight = self.weights[slots]

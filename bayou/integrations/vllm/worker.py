@@ -30,7 +30,7 @@ VERSION = "0.32"
 """Of vLLM, whose inner workings this knows."""
 
 _PATH = re.compile(r"(?P<path>.*\.bayou)(?:@(?P<root>[0-9a-f]{64}))?", re.DOTALL)
-_PROBE = 3
+_PROBE = 5
 _log = logging.getLogger("vllm.bayou")
 
 
@@ -131,10 +131,11 @@ class Manager:
         processor._apply_head = applied
 
     def _probe(self, model: nn.Module, vllm_config: Any) -> None:
-        """Run the model once, as vLLM does to see what memory it takes: which modules are called?"""
+        """Run the model once, as vLLM does to see what memory it takes: which modules are called, a row a token?"""
         from vllm.config import set_current_vllm_config
         from vllm.forward_context import set_forward_context
 
+        self.routing.probing = _PROBE
         ids = torch.zeros(_PROBE, dtype=torch.long, device=self.device)
         with (
             torch.inference_mode(),
@@ -142,6 +143,7 @@ class Manager:
             set_forward_context(None, vllm_config, num_tokens=_PROBE),
         ):
             model(input_ids=ids, positions=torch.arange(_PROBE, device=self.device))
+        self.routing.probing = 0
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
