@@ -54,7 +54,9 @@ def main() -> None:
         prompts[name] = [tokenizer(json.loads(line)["prompt"], add_special_tokens=False).input_ids for line in lines]
     asked = [(name, prompts[name][i]) for i in range(given.rows) for name in prompts if i < len(prompts[name])]
     asked += [("base", prompt) for name in prompts for prompt in prompts[name][: given.rows // 5]]
-    found: dict[str, Any] = {"dtype": given.dtype, "machine": record.surroundings("cpu"), "first_request_s": {}}
+    with urllib.request.urlopen(f"{given.url}/version") as answer:
+        found: dict[str, Any] = {"vllm": json.load(answer)["version"], "dtype": given.dtype}
+    found |= {"machine": record.surroundings("cpu"), "first_request_s": {}}
     for name in ("base", *prompts):
         started = time.perf_counter()
         complete(given.url, name, asked[0][1], 1)

@@ -217,6 +217,7 @@ class Config:
     @property
     def model_config(self) -> Any:
         usual = {"runner_type": "generate", "enforce_eager": True, "dtype": torch.float32}
+        usual |= {"is_multimodal_model": False, "enable_prompt_embeds": False}
         return SimpleNamespace(model=str(self.base), revision=None, **usual | self.model)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pico
 import plugged
 import pytest
 import torch
-from vllm_process import NEW, PROMPTS, Server, behind, running
+from vllm_process import NEW, PROMPTS, Server, behind, command, environment, running
 
 import bayou
 from bayou.evaluate import read_model
@@ -159,12 +160,11 @@ def test_a_file_given_by_its_path_and_one_that_changes(server: Server) -> None:
 
 
 def test_what_it_cannot_do_it_does_not_start_with(server: Server) -> None:
-    options = ("--max-loras", "1", "--tensor-parallel-size", "1")
     for mine, change, said in (
         (PACKED, "--enforce-eager", "compilation and CUDA graphs (give --enforce-eager); leave BAYOU_MODE out"),
         ({"BAYOU_MODE": "packd"}, "", "BAYOU_MODE=packd: choose lora or packed"),
     ):
-        started = [word for word in command(server.folder, *options) if word != change]
+        started = [word for word in command(server.folder, "--max-loras", "1") if word != change]
         done = subprocess.run(
             started,
             env=environment(server.folder, mine),

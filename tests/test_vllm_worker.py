@@ -258,6 +258,15 @@ def test_modules_that_are_never_called_are_refused(plain: Path) -> None:
         served.manager.add_adapter(request(plain, "t0", 1))
 
 
+def test_a_model_that_cannot_be_run_to_see_is_refused(plain: Path) -> None:
+    class Other(Llama):
+        def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+            raise KeyError("mrope")
+
+    with pytest.raises(Unsupported, match=r"cannot run Other to see how it computes \('mrope'\); leave BAYOU_MODE out"):
+        Served(plain / "base", Other)
+
+
 # ------------------------------------------------------------------------------------------------ how it starts
 
 
@@ -269,6 +278,8 @@ def test_modules_that_are_never_called_are_refused(plain: Path) -> None:
         ({"parallel": {"use_ubatching": True}}, "two microbatches at once (--enable-dbo)"),
         ({"model": {"enforce_eager": False}}, "compilation and CUDA graphs (give --enforce-eager)"),
         ({"model": {"runner_type": "pooling"}}, "--runner pooling"),
+        ({"model": {"is_multimodal_model": True}}, "a model of more than text"),
+        ({"model": {"enable_prompt_embeds": True}}, "--enable-prompt-embeds"),
         ({"speculative_config": object()}, "speculative decoding"),
     ],
 )

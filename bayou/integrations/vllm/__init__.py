@@ -37,7 +37,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from bayou.checkpoint import atomic, cache_folder, resolve
+from bayou.checkpoint import Checkpoint, atomic, cache_folder, resolve
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, BayouError, DamagedFile, disk_error
 from bayou.integrations.peft import VLLM_RANKS
@@ -179,7 +179,7 @@ class Shelf:
 
         file = DeltaFile(path)
         file.verify()
-        check(file, base)
+        check(file, Checkpoint(base))
         others = _other_files(file, base, ())
         _log.info(
             "bayou: %s: all of the file %s is served, norms, embeddings and head too%s",

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bayou.checkpoint import resolve
+from bayou.checkpoint import Checkpoint, resolve
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadFile, BadInput, Unsupported
 from bayou.integrations.vllm.places import HEAD, Own, Places, footprint
 from bayou.integrations.vllm.rows import Routing, RowEmbedding, RowLinear, RowNorm
 from bayou.kernels.one_delta import suits
 from bayou.serving.resident import check_config
+from bayou.serving.tenant import CheckedOnce
 
 VERSION = "0.32"
 """Of vLLM, whose inner workings this knows."""
@@ -54,12 +55,12 @@ def named(path: Path, root: str) -> str:
     return f"{path}@{root}"
 
 
-def check(file: DeltaFile, base: Path) -> None:
+def check(file: DeltaFile, base: Checkpoint) -> None:
     """Raises BayouError unless a file can be served over a base, as far as can be told without vLLM's model."""
-    checkpoint = file.lean_on(base)
-    if checkpoint is None:
+    if file.self_contained:
         raise Unsupported(f"{file.path} is a whole model of its own, no difference from a base; bayou restore it")
-    check_config(checkpoint.config, file.fine_tune_config(base), file.path)
+    file.check_base(base)
+    check_config(base.config, file.fine_tune_config(base.folder), file.path)
 
 
 class Manager:
@@ -91,7 +92,7 @@ class Manager:
         model_config = vllm_config.model_config
         self.dtype: torch.dtype = model_config.dtype
         self.room = None if settings is None else settings.room(self.dtype)
-        self.base = resolve(model_config.model, model_config.revision)
+        self.base = CheckedOnce(resolve(model_config.model, model_config.revision))
         self.places = Places(model, LinearBase, VocabParallelEmbedding)
         lines, kernels = len(self.slots), suits(torch.empty(0, dtype=self.dtype, device=self.device))
         for path, module in self.places.modules.items():
@@ -137,12 +138,18 @@ class Manager:
 
         self.routing.probing = _PROBE
         ids = torch.zeros(_PROBE, dtype=torch.long, device=self.device)
-        with (
-            torch.inference_mode(),
-            set_current_vllm_config(vllm_config),
-            set_forward_context(None, vllm_config, num_tokens=_PROBE),
-        ):
-            model(input_ids=ids, positions=torch.arange(_PROBE, device=self.device))
+        try:
+            with (
+                torch.inference_mode(),
+                set_current_vllm_config(vllm_config),
+                set_forward_context(None, vllm_config, num_tokens=_PROBE),
+            ):
+                model(input_ids=ids, positions=torch.arange(_PROBE, device=self.device))
+        except Exception as error:  # a model may raise anything for a run that it is not made for
+            raise Unsupported(
+                f"BAYOU_MODE=packed cannot run {type(model).__name__} to see how it computes ({error!s:.200}); leave "
+                "BAYOU_MODE out to serve LoRAs"
+            ) from error
         self.routing.probing = 0
 
     @contextmanager
@@ -288,14 +295,16 @@ class Manager:
 
 def refuse(config: Any) -> None:
     """Raises Unsupported, naming the option, where vLLM would compute in a way that rows cannot be told apart in."""
-    parallel = config.parallel_config
+    parallel, model = config.parallel_config, config.model_config
     found = {
         f"--tensor-parallel-size {parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
         "two microbatches at once (--enable-dbo)": bool(getattr(parallel, "use_ubatching", False)),
         "speculative decoding": config.speculative_config is not None,
-        f"--runner {config.model_config.runner_type}": config.model_config.runner_type != "generate",
-        "compilation and CUDA graphs (give --enforce-eager)": not config.model_config.enforce_eager,
+        f"--runner {model.runner_type}": model.runner_type != "generate",
+        "a model of more than text": model.is_multimodal_model,
+        "--enable-prompt-embeds": model.enable_prompt_embeds,
+        "compilation and CUDA graphs (give --enforce-eager)": not model.enforce_eager,
     }
     bad = [word for word, there in found.items() if there]
     if bad:
