@@ -6,6 +6,7 @@ Only what worker.py, places.py and rows.py use is here, as vLLM 0.32 has it; tes
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import types
 from collections.abc import Sequence
@@ -14,13 +15,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pico
+import plugged
 import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
 
+import bayou
 from bayou.checkpoint import Checkpoint
+from bayou.evaluate import read_model
+from bayou.integrations.vllm.worker import Manager
 
 
 class LinearBase(nn.Module):
@@ -221,12 +227,26 @@ class Config:
         return SimpleNamespace(model=str(self.base), revision=None, **usual | self.model)
 
 
-def put(monkeypatch: pytest.MonkeyPatch, version: str = "0.32.1") -> Any:
+def tenants(folder: Path, count: int) -> None:
+    """base, and t0, t1, ...: fine-tunes of all of it, as files, and restored."""
+    base = pico.pico("llama_gqa", folder / "base", dtype=torch.float32)
+    for seed in range(count):
+        tuned, file = pico.perturb(base, folder / f"t{seed}", scale=0.3, seed=seed), folder / f"t{seed}.bayou"
+        bayou.compress(base, tuned, file, method="bitdelta", calibration="none", distill_steps=0)
+        bayou.restore(base, file, folder / "restored" / f"t{seed}", dtype="float32")
+
+
+def put(monkeypatch: pytest.MonkeyPatch, cache: Path | None = None, version: str = "0.32.1") -> Any:
     """Have `import vllm` find this; returns the module in which vLLM looks up its manager."""
+    if cache is not None:
+        monkeypatch.setenv("BAYOU_CACHE", str(cache))
+        for name in ("BAYOU_DELTAS", "BAYOU_MODE", "BAYOU_DELTA_MEMORY"):
+            monkeypatch.delenv(name, raising=False)
+    modules: dict[str, Any] = plugged.stand_in()
     names = ["vllm", "vllm.config", "vllm.forward_context", "vllm.v1", "vllm.v1.worker", "vllm.model_executor"]
     names += ["vllm.v1.worker.lora_model_runner_mixin", "vllm.model_executor.layers"]
     names += ["vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding"]
-    modules: dict[str, Any] = {name: types.ModuleType(name) for name in names}
+    modules |= {name: types.ModuleType(name) for name in names}
     modules["vllm"].__version__ = version
     modules["vllm.config"].set_current_vllm_config = lambda config: contextlib.nullcontext()
     modules["vllm.forward_context"].set_forward_context = lambda *_, **__: contextlib.nullcontext()
@@ -237,4 +257,52 @@ def put(monkeypatch: pytest.MonkeyPatch, version: str = "0.32.1") -> Any:
         monkeypatch.setitem(sys.modules, name, module)
         if "." in name:
             setattr(modules[name.rpartition(".")[0]], name.rpartition(".")[2], module)
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)  # else caplog hears nothing
     return modules["vllm.v1.worker.lora_model_runner_mixin"]
+
+
+PROMPTS = [torch.randint(5, 128, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 3, 12, 5, 1, 9, 4)]
+
+
+class Served:
+    """vLLM's worker: a model, and what the runner does with it in a step."""
+
+    def __init__(self, base: Path, kind: type[Llama] = Llama, norm: type[RMSNorm] = RMSNorm, **config: Any) -> None:
+        found = Config(base, **config)
+        self.manager = Manager(found, torch.device("cpu"), {})
+        self.model = self.manager.create_lora_manager(kind(base, norm), found)
+
+    def step(self, rows: list[tuple[Request | None, torch.Tensor]], padding: int = 0) -> list[torch.Tensor]:
+        """Scores of the token after each prompt, and then of every token of each prompt, as vLLM asks for both."""
+        numbers = [0 if request is None else request.lora_int_id for request, _ in rows]
+        lengths = [len(prompt) for _, prompt in rows]
+        tokens = tuple(n for n, length in zip(numbers, lengths, strict=True) for _ in range(length))
+        self.manager.set_active_adapters({r for r, _ in rows if r}, Mapping(tokens, tuple(numbers)))
+        nobody = torch.zeros(padding, dtype=torch.long)
+        ids = torch.cat([*(prompt for _, prompt in rows), nobody])
+        positions = torch.cat([*(torch.arange(length) for length in lengths), nobody])
+        with torch.no_grad():
+            hidden = self.model(input_ids=ids, positions=positions)
+            ends = torch.tensor(lengths).cumsum(0)
+            last = self.model.compute_logits(hidden[ends - 1])
+            whole = [
+                self.model.compute_logits(hidden[end - n : end]) for end, n in zip(ends.tolist(), lengths, strict=True)
+            ]
+        for one, each in zip(last, whole, strict=True):
+            assert torch.allclose(one, each[-1], atol=1e-5)
+        return whole
+
+
+def request(folder: Path, name: str, number: int) -> Request:
+    return Request(name, number, str(folder / f"{name}.bayou"))
+
+
+def expected(folder: Path, name: str | None, prompt: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return read_model(folder / "base" if name is None else folder / "restored" / name)(prompt[None]).logits[0]
+
+
+def right(folder: Path, names: list[str | None], found: list[torch.Tensor]) -> None:
+    for i, (name, scores) in enumerate(zip(names, found, strict=True)):
+        wanted = expected(folder, name, PROMPTS[i])
+        assert torch.allclose(scores, wanted, atol=2e-4), (i, name, float((scores - wanted).abs().max()))

@@ -12,11 +12,10 @@ import pico
 import plugged
 import pytest
 import torch
-from inside_vllm import Config, Llama, Mapping, OtherNorm, Request, RMSNorm
+from inside_vllm import PROMPTS, Llama, OtherNorm, Request, RMSNorm, Served, expected, request, right
 
 import bayou
 from bayou.errors import BadFile, BadInput, BayouError, DamagedFile, Unsupported, WrongBase
-from bayou.evaluate import read_model
 from bayou.integrations.vllm import worker
 from bayou.integrations.vllm.worker import Manager, named
 
@@ -25,7 +24,6 @@ METHODS = {
     "signs": ("bitdelta", {}),
     "ranks": ("lowrank", {"ratio": 4}),
 }
-PROMPTS = [torch.randint(5, 128, (n,), generator=torch.Generator().manual_seed(n)) for n in (7, 3, 12, 5, 1, 9, 4)]
 
 
 @pytest.fixture(scope="module", params=["llama_gqa", "llama_tied", "qwen2"])
@@ -42,54 +40,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(autouse=True)
 def inside(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    monkeypatch.setenv("BAYOU_CACHE", str(tmp_path / "cache"))
-    for name in ("BAYOU_DELTAS", "BAYOU_MODE", "BAYOU_DELTA_MEMORY"):
-        monkeypatch.delenv(name, raising=False)
-    return inside_vllm.put(monkeypatch)
-
-
-class Served:
-    """vLLM's worker: a model, and what the runner does with it in a step."""
-
-    def __init__(self, base: Path, kind: type[Llama] = Llama, norm: type[RMSNorm] = RMSNorm, **config: Any) -> None:
-        found = Config(base, **config)
-        self.manager = Manager(found, torch.device("cpu"), {})
-        self.model = self.manager.create_lora_manager(kind(base, norm), found)
-
-    def step(self, rows: list[tuple[Request | None, torch.Tensor]], padding: int = 0) -> list[torch.Tensor]:
-        """Scores of the token after each prompt, and then of every token of each prompt, as vLLM asks for both."""
-        numbers = [0 if request is None else request.lora_int_id for request, _ in rows]
-        lengths = [len(prompt) for _, prompt in rows]
-        tokens = tuple(n for n, length in zip(numbers, lengths, strict=True) for _ in range(length))
-        self.manager.set_active_adapters({r for r, _ in rows if r}, Mapping(tokens, tuple(numbers)))
-        nobody = torch.zeros(padding, dtype=torch.long)
-        ids = torch.cat([*(prompt for _, prompt in rows), nobody])
-        positions = torch.cat([*(torch.arange(length) for length in lengths), nobody])
-        with torch.no_grad():
-            hidden = self.model(input_ids=ids, positions=positions)
-            ends = torch.tensor(lengths).cumsum(0)
-            last = self.model.compute_logits(hidden[ends - 1])
-            whole = [
-                self.model.compute_logits(hidden[end - n : end]) for end, n in zip(ends.tolist(), lengths, strict=True)
-            ]
-        for one, each in zip(last, whole, strict=True):
-            assert torch.allclose(one, each[-1], atol=1e-5)
-        return whole
-
-
-def request(folder: Path, name: str, number: int) -> Request:
-    return Request(name, number, str(folder / f"{name}.bayou"))
-
-
-def expected(folder: Path, name: str | None, prompt: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return read_model(folder / "base" if name is None else folder / "restored" / name)(prompt[None]).logits[0]
-
-
-def right(folder: Path, names: list[str | None], found: list[torch.Tensor]) -> None:
-    for i, (name, scores) in enumerate(zip(names, found, strict=True)):
-        wanted = expected(folder, name, PROMPTS[i])
-        assert torch.allclose(scores, wanted, atol=2e-4), (i, name, float((scores - wanted).abs().max()))
+    return inside_vllm.put(monkeypatch, tmp_path / "cache")
 
 
 @pytest.mark.parametrize("kernels", [False, True])
@@ -118,12 +69,7 @@ def test_every_row_is_its_own_model_s(
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found: Path = tmp_path_factory.mktemp("plain")
-    base = pico.pico("llama_gqa", found / "base", dtype=torch.float32)
-    for seed in range(5):
-        tuned = pico.perturb(base, found / f"t{seed}", scale=0.3, seed=seed)
-        file = found / f"t{seed}.bayou"
-        bayou.compress(base, tuned, file, method="bitdelta", calibration="none", distill_steps=0)
-        bayou.restore(base, file, found / "restored" / f"t{seed}", dtype="float32")
+    inside_vllm.tenants(found, 5)
     return found
 
 
@@ -294,7 +240,7 @@ def test_only_the_version_that_it_knows(inside: Any, monkeypatch: pytest.MonkeyP
     worker.install()
     assert inside.LRUCacheWorkerLoRAManager is Manager
     for version in ("0.33.0", "0.31.9", "0.3", "0.320.0", "1.0"):
-        changed = inside_vllm.put(monkeypatch, version)
+        changed = inside_vllm.put(monkeypatch, version=version)
         with pytest.raises(BadInput, match=rf"knows version 0\.32 only; this is {version}: install vllm==0\.32"):
             worker.install()
         assert changed.LRUCacheWorkerLoRAManager is not Manager
