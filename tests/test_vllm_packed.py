@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from vllm_process import NEW, PROMPTS, Server, behind, command, environment, run
 
 import bayou
 from bayou.evaluate import read_model
+from bayou.integrations.vllm.worker import Manager
 
 pytestmark = [
     pytest.mark.slow,
@@ -58,6 +61,34 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     static = ("--lora-modules", f"static={folder / 'outside.bayou'}")
     with running(folder, PACKED, "--max-loras", "3", "--max-cpu-loras", "4", *static) as found:
         yield found
+
+
+def test_vllm_is_as_it_was_when_this_was_written() -> None:
+    """All of vLLM's inside that the worker relies on; a test that fails here names what a new version has changed."""
+    import vllm
+    from vllm.lora.layers import LoRAMapping
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+    from vllm.model_executor.layers import layernorm, linear, logits_processor, vocab_parallel_embedding
+    from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+    assert vllm.__version__.startswith("0.32.")
+    assert mixin.LRUCacheWorkerLoRAManager is LRUCacheWorkerLoRAManager
+    asked = set()
+    for source in (Path(vllm.__file__).parent / "v1" / "worker").rglob("*.py"):
+        asked |= set(re.findall(r"\blora_manager\.(\w+)", source.read_text()))
+    assert asked >= {"set_active_adapters", "add_adapter", "create_lora_manager", "add_dummy_lora"}
+    assert {name for name in asked if not hasattr(Manager, name)} == set()
+    for name in asked:
+        theirs, ours = (inspect.signature(getattr(each, name)) for each in (LRUCacheWorkerLoRAManager, Manager))
+        assert len(theirs.parameters) == len(ours.parameters), name
+    assert {"index_mapping", "prompt_mapping"} <= set(inspect.signature(LoRAMapping).parameters)
+    head = inspect.signature(logits_processor.LogitsProcessor._apply_head)
+    assert list(head.parameters) == ["self", "lm_head", "hidden_states", "embedding_bias"]
+    for name in ("_get_logits", "get_top_tokens", "get_top_k_tokens"):
+        assert "_apply_head(" in inspect.getsource(getattr(logits_processor.LogitsProcessor, name))
+    assert issubclass(vocab_parallel_embedding.ParallelLMHead, vocab_parallel_embedding.VocabParallelEmbedding)
+    assert issubclass(linear.QKVParallelLinear, linear.LinearBase)
+    assert {"variance_epsilon", "variance_size_override"} <= set(layernorm.RMSNorm.__init__.__code__.co_names)
 
 
 def reference(server: Server, model: str) -> torch.nn.Module:

@@ -15,9 +15,12 @@ import torch
 from inside_vllm import PROMPTS, Llama, OtherNorm, Request, RMSNorm, Served, expected, request, right
 
 import bayou
+from bayou.delta import Delta, Dense
 from bayou.errors import BadFile, BadInput, BayouError, DamagedFile, Unsupported, WrongBase
 from bayou.integrations.vllm import worker
+from bayou.integrations.vllm.rows import Part
 from bayou.integrations.vllm.worker import Manager, named
+from bayou.packed import Packed
 
 METHODS = {
     "come": ("deltacome", {"ratio": 3}),
@@ -61,6 +64,41 @@ def test_every_row_is_its_own_model_s(
     right(folder, names, served.step([(come, prompt) for prompt in PROMPTS]))
     right(folder, [None] * 7, served.step([(None, prompt) for prompt in PROMPTS]))
     assert all((hook.table is not None) == kernels for hook in served.manager.hooks.values() if hasattr(hook, "table"))
+
+
+@pytest.mark.parametrize("kind", ["llama_gqa", "llama_tied", "qwen2"])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_matrices_that_are_stored_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, kernels: bool
+) -> None:
+    monkeypatch.setattr(worker, "suits", lambda x: kernels)
+    base = pico.pico(kind, tmp_path / "base", dtype=torch.float32)
+    for seed, keep in enumerate((["linears"], ["embeddings"], ["linears", "embeddings"])):
+        tuned, file = pico.perturb(base, tmp_path / f"t{seed}", scale=0.3, seed=seed), tmp_path / f"t{seed}.bayou"
+        options: dict[str, Any] = {"keep": tuple(keep), "ratio": 0.5, "calibration": "none", "distill_steps": 0}
+        bayou.compress(base, tuned, file, method="bitdelta", **options)
+        bayou.restore(base, file, tmp_path / "restored" / f"t{seed}", dtype="float32")
+    served = Served(base, max_loras=3)
+    names = ["t0", None, "t1", "t2", "t0", None, "t2"]
+    asked = [None if name is None else request(tmp_path, name, int(name[1]) + 1) for name in names]
+    right(tmp_path, names, served.step(list(zip(asked, PROMPTS, strict=True))))
+
+
+def test_a_part_with_a_gain_is_the_formula() -> None:
+    x, weight, bias = torch.randn(5, 7), torch.randn(4, 7), torch.randn(4)
+    delta = Delta((4, 7), (Dense(Packed.floats(torch.randn(4, 7), "f32")),))
+    for gain, own in ((1.0, None), (0.5, None), (0.0, torch.randn(4))):
+        for shift in (None, bias):
+            y = x @ weight.T + (0 if shift is None else shift)
+            wanted = gain * (x @ weight.T) + x @ delta.materialize().float().T
+            wanted = wanted + (0 if shift is None else shift) + (0 if own is None else own)
+            part = Part(delta, gain, bias=own)
+            assert torch.allclose(part.changed(x, y, shift), wanted, atol=1e-5)
+            assert part.only_adds == (gain == 1)
+    ids, table = torch.tensor([3, 0, 3]), torch.randn(4, 7)
+    wanted = 0.5 * table[ids] + delta.materialize().float()[ids]
+    assert torch.allclose(Part(delta, 0.5).row(ids, table[ids]), wanted, atol=1e-6)
+    assert torch.equal(Part(bias=bias).row(ids, table[ids]), table[ids])
 
 
 # ---------------------------------------------------------------------------------------- slots, memory, files
