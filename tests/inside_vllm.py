@@ -48,6 +48,8 @@ class LinearBase(nn.Module):
 class VocabParallelEmbedding(nn.Module):
     """A table whose rows are filled up to a multiple of 64."""
 
+    tp_size = 1
+
     def __init__(self, rows: Tensor | nn.Parameter) -> None:
         super().__init__()
         self.org_vocab_size = len(rows)
@@ -217,7 +219,9 @@ class Config:
 
     @property
     def parallel_config(self) -> Any:
-        usual = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "use_ubatching": False}
+        kinds = ("tensor", "pipeline", "decode_context", "prefill_context")
+        usual: dict[str, Any] = {f"{kind}_parallel_size": 1 for kind in kinds}
+        usual |= {"use_ubatching": False, "enable_batch_sharded_sampling": False}
         return SimpleNamespace(**usual | self.parallel)
 
     @property
@@ -243,11 +247,20 @@ def put(monkeypatch: pytest.MonkeyPatch, cache: Path | None = None, version: str
         for name in ("BAYOU_DELTAS", "BAYOU_MODE", "BAYOU_DELTA_MEMORY"):
             monkeypatch.delenv(name, raising=False)
     modules: dict[str, Any] = plugged.stand_in()
-    names = ["vllm", "vllm.config", "vllm.forward_context", "vllm.v1", "vllm.v1.worker", "vllm.model_executor"]
+    names = [
+        "vllm",
+        "vllm.config",
+        "vllm.forward_context",
+        "vllm.v1",
+        "vllm.v1.worker",
+        "vllm.model_executor",
+        "vllm.distributed",
+    ]
     names += ["vllm.v1.worker.lora_model_runner_mixin", "vllm.model_executor.layers"]
     names += ["vllm.model_executor.layers.linear", "vllm.model_executor.layers.vocab_parallel_embedding"]
     modules |= {name: types.ModuleType(name) for name in names}
     modules["vllm"].__version__ = version
+    modules["vllm.distributed"].tensor_model_parallel_all_gather = None
     modules["vllm.config"].set_current_vllm_config = lambda config: contextlib.nullcontext()
     modules["vllm.forward_context"].set_forward_context = lambda *_, **__: contextlib.nullcontext()
     modules["vllm.v1.worker.lora_model_runner_mixin"].LRUCacheWorkerLoRAManager = object

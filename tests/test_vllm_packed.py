@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import os
 import re
 import shutil
 import subprocess
@@ -36,9 +37,9 @@ METHODS = {
 }
 
 
-def files(folder: Path, name: str = "llama_gqa") -> None:
+def files(folder: Path, name: str = "llama_gqa", **shape: int) -> None:
     """A base; three fine-tunes of all its tensors, a method each; a damaged file, one of another base, a grown one."""
-    shape = {"hidden_size": 128, "head_dim": 32}  # vLLM's kernels for the CPU know heads of 32 and more
+    shape |= {"hidden_size": 128, "head_dim": 32}  # vLLM's kernels for the CPU know heads of 32 and more
     base = pico.pico(name, folder / "base", dtype=torch.float32, **shape)
     other = pico.pico(name, folder / "other", dtype=torch.float32, seed=1, **shape)
     (folder / "deltas").mkdir()
@@ -100,7 +101,7 @@ def reference(server: Server, model: str) -> torch.nn.Module:
     return read_model(folder)
 
 
-def test_base_and_three_fine_tunes_in_one_batch_answer_as_the_restored_models(server: Server) -> None:
+def answer_as_the_restored_models(server: Server) -> None:
     models = ("base", *TENANTS)
     answers = server.asked_at_once(models)
     gaps = {}
@@ -116,6 +117,19 @@ def test_base_and_three_fine_tunes_in_one_batch_answer_as_the_restored_models(se
         for another in models[:i]:
             different = sum(answers[one, index] != answers[another, index] for index in range(len(PROMPTS)))
             assert different > 12, f"{one} and {another} answer {len(PROMPTS) - different} prompts alike"
+
+
+def test_base_and_three_fine_tunes_in_one_batch_answer_as_the_restored_models(server: Server) -> None:
+    answer_as_the_restored_models(server)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes that share the layers need two cores")
+@pytest.mark.parametrize(("kind", "shape"), [("llama_tied", {"num_key_value_heads": 1}), ("qwen2", {})])
+def test_two_processes_with_half_of_each_layer(tmp_path: Path, kind: str, shape: dict[str, int]) -> None:
+    files(tmp_path, kind, **shape)
+    mine = PACKED | {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with running(tmp_path, mine, "--max-loras", "3", "--tensor-parallel-size", "2") as server:
+        answer_as_the_restored_models(server)
 
 
 def test_more_deltas_than_slots_and_than_memory(server: Server) -> None:

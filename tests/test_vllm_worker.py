@@ -13,12 +13,14 @@ import plugged
 import pytest
 import torch
 from inside_vllm import PROMPTS, Llama, OtherNorm, Request, RMSNorm, Served, expected, request, right
+from torch import nn
 
 import bayou
 from bayou.delta import Delta, Dense
 from bayou.errors import BadFile, BadInput, BayouError, DamagedFile, Unsupported, WrongBase
 from bayou.integrations.vllm import worker
-from bayou.integrations.vllm.rows import Part
+from bayou.integrations.vllm.places import Places
+from bayou.integrations.vllm.rows import Part, Routing, RowLinear
 from bayou.integrations.vllm.worker import Manager, named
 from bayou.packed import Packed
 
@@ -99,6 +101,66 @@ def test_a_part_with_a_gain_is_the_formula() -> None:
     wanted = 0.5 * table[ids] + delta.materialize().float()[ids]
     assert torch.allclose(Part(delta, 0.5).row(ids, table[ids]), wanted, atol=1e-6)
     assert torch.equal(Part(bias=bias).row(ids, table[ids]), table[ids])
+
+
+class Share(nn.Module):
+    """What a process has of a linear layer with tensor parallelism, with vLLM's attributes; `more`: of its kind."""
+
+    def __init__(self, rank: int, weight: torch.Tensor, sizes: list[int], **more: Any) -> None:
+        super().__init__()
+        self.tp_size, self.tp_rank, self.output_sizes, self.input_size = 2, rank, sizes, 7
+        self.bias, self.weight = None, nn.Parameter(weight, requires_grad=False)
+        for name, value in more.items():
+            setattr(self, name, value)
+
+
+def shares(rank: int, w: torch.Tensor) -> nn.Module:
+    """Process `rank` of two of a layer of each kind, all of the matrix w (12, 7), or of two of its halves."""
+    model = nn.Module()
+    model.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "both_proj": ["a_proj", "b_proj"]}
+    half, heads = slice(6 * rank, 6 * rank + 6), slice(4 * rank, 4 * rank + 4)
+    few = {"num_heads": 2, "num_kv_heads": 1, "head_size": 2, "v_head_size": 2, "total_num_kv_heads": 1}
+    qkv = torch.cat([w[:8][heads], w[8:10], w[10:12]])
+    both = torch.cat([w[:6][3 * rank : 3 * rank + 3], w[6:][3 * rank : 3 * rank + 3]])
+    model.column = Share(rank, w[half], [12], gather_output=False)
+    model.qkv_proj = Share(rank, qkv, [8, 4, 4], gather_output=False, num_kv_head_replicas=2, **few)
+    model.both_proj = Share(rank, both, [6, 6], gather_output=False)
+    model.row = Share(rank, w, [12], input_is_parallel=True, reduce_results=True)
+    model.whole = Share(rank, w, [12])
+    model.late = Share(rank, w, [12], input_is_parallel=True, reduce_results=False)
+    model.gathered = Share(rank, w, [12], gather_output=True)
+    return model
+
+
+@pytest.mark.parametrize("kernels", [False, True])
+@pytest.mark.parametrize("slots", [[0, 0, 1, 1, 1], [1, -1, 0, 1, 0], [1, 1, 1, 1, 1]])
+def test_each_process_adds_to_its_own_rows(kernels: bool, slots: list[int]) -> None:
+    w, x = torch.randn(12, 7), torch.randn(5, 7)
+    routing = Routing(torch.device("cpu"))
+    routing.set(slots, slots)
+    changes = [torch.randn(12, 7) for _ in range(2)]
+    wanted = torch.stack([x[i] @ (w + (changes[s] if s >= 0 else 0)).T for i, s in enumerate(slots)])
+    for rank in range(2):
+        model = shares(rank, w)
+        places = Places(model, Share, nn.Embedding)
+        assert set(places.modules) == {"column", "qkv_proj", "both_proj", "row", "whole"} and places.split == {"row"}
+        for path, rows in (
+            ("column", list(range(6 * rank, 6 * rank + 6))),
+            ("qkv_proj", [*range(4 * rank, 4 * rank + 4), 8, 9, 10, 11]),
+            ("both_proj", [*range(3 * rank, 3 * rank + 3), *range(6 + 3 * rank, 9 + 3 * rank)]),
+            ("row", list(range(12))),
+            ("whole", list(range(12))),
+        ):
+            module, cuts = places.modules[path], places.cuts[path]
+            gather = (lambda part: x) if path in places.split else None
+            hook = RowLinear(routing, path, module, cuts, 2, kernels, gather)
+            for slot, change in enumerate(changes):
+                pieces = change.split([cut.rows for cut in cuts])
+                dense = [Dense(Packed.floats(piece.contiguous(), "f32")) for piece in pieces]
+                hook.write(slot, tuple(Part(Delta(tuple(d.weight.shape), (d,))) for d in dense))
+            y = x @ module.weight.T
+            hook.add(x[:, :3] if gather else x, y, routing.tokens)
+            assert torch.allclose(y, wanted[:, rows], atol=1e-5), path
 
 
 # ---------------------------------------------------------------------------------------- slots, memory, files
@@ -257,7 +319,8 @@ def test_a_model_that_cannot_be_run_to_see_is_refused(plain: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"parallel": {"tensor_parallel_size": 2}}, "--tensor-parallel-size 2"),
+        ({"parallel": {"decode_context_parallel_size": 2}}, "context parallelism"),
+        ({"parallel": {"enable_batch_sharded_sampling": True}}, "--enable-batch-sharded-sampling"),
         ({"parallel": {"pipeline_parallel_size": 2}}, "--pipeline-parallel-size 2"),
         ({"parallel": {"use_ubatching": True}}, "two microbatches at once (--enable-dbo)"),
         ({"model": {"enforce_eager": False}}, "compilation and CUDA graphs (give --enforce-eager)"),

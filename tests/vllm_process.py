@@ -77,13 +77,12 @@ def environment(folder: Path, mine: Mapping[str, object]) -> dict[str, str]:
 
 
 @contextmanager
-def running(folder: Path, mine: Mapping[str, object], *options: str) -> Iterator[Server]:
-    """The server, once it answers. mine: the plugin's variables, beside the folder's deltas and cache."""
+def running(folder: Path, mine: Mapping[str, object], *options: str, log: str = "server.log") -> Iterator[Server]:
+    """The server, once it answers. mine: variables, beside those of the folder's deltas and cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    log = folder / "server.log"
-    with open(log, "wb") as out:
+    with open(folder / log, "wb") as out:
         child = subprocess.Popen(
             command(folder, *options, "--port", str(port)),
             stdout=out,
@@ -92,12 +91,12 @@ def running(folder: Path, mine: Mapping[str, object], *options: str) -> Iterator
             cwd=folder,
             start_new_session=True,
         )
-    found = Server(folder, port, log)
+    found = Server(folder, port, folder / log)
     try:
         end = time.monotonic() + WAIT
         while not found.lines("Application startup complete"):
             if child.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"vLLM did not start:\n{log.read_text()[-6000:]}", pytrace=False)
+                pytest.fail(f"vLLM did not start:\n{found.log.read_text()[-6000:]}", pytrace=False)
             time.sleep(0.5)
         yield found
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bayou.deltafile import DeltaFile
 from bayou.errors import Unsupported
-from bayou.integrations.vllm.rows import Part
+from bayou.integrations.vllm.rows import Cut, Part
 from bayou.packed import moved, tensors_in
 
 HEAD = "lm_head"
@@ -20,17 +20,16 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True)
 class Spot:
-    """Rows start to stop of the parameter `leaf` of the module `path`, which is its projection number `part`.
+    """The parameter `leaf` of the module `path`, or of its projection number `part`.
 
-    kind: linear, embedding, head or norm. tied: path of the module whose parameter this is.
+    kind: linear, embedding, head or norm. shape: of the tensor in a checkpoint. tied: path of the module whose
+    parameter this is.
     """
 
     path: str
     leaf: str
     kind: str
     part: int
-    start: int
-    stop: int
     shape: tuple[int, ...]
     tied: str
 
@@ -83,7 +82,9 @@ class Places:
         self._renamed: Callable[[str], str | None] = str if mapper is None else mapper.get_rename_mapper().map_name
         fused: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
         self.modules: dict[str, nn.Module] = {}
-        self.cuts: dict[str, list[tuple[int, int]]] = {}
+        self.cuts: dict[str, list[Cut]] = {}
+        self.split: set[str] = set()
+        """Linear layers that are given a part of their input each process."""
         self._spots: dict[str, Spot] = {}
         owners: dict[int, str] = {}
         for path, module in model.named_modules():
@@ -98,33 +99,41 @@ class Places:
             ):
                 self.modules[path] = module
                 for leaf, p in parameters.items():
-                    self._spots[f"{path}.{leaf}"] = Spot(path, leaf, "norm", 0, 0, len(p), tuple(p.shape), path)
-
-    def _add(self, path: str, module: nn.Module, cuts: list[tuple[int, int]]) -> None:
-        self.modules[path], self.cuts[path] = module, cuts
+                    self._spots[f"{path}.{leaf}"] = Spot(path, leaf, "norm", 0, tuple(p.shape), path)
 
     def _add_table(self, path: str, module: Any, parameters: Mapping[str, Tensor], tied: str) -> None:
-        kind = "head" if path.rpartition(".")[2] == HEAD else "embedding"
-        self._add(path, module, [(0, module.org_vocab_size)])  # it may have rows more, which are nobody's
+        rows, kind = int(module.org_vocab_size), "embedding"  # it may have rows more, which are nobody's
+        cut = Cut(0, rows, 0, rows)
+        if path.rpartition(".")[2] == HEAD:
+            kind = "head"
+            if module.tp_size > 1:
+                held = module.shard_indices
+                first, last = held.org_vocab_start_index, min(held.org_vocab_end_index, rows)
+                cut = Cut(0, max(0, last - first), first, rows)
+        self.modules[path], self.cuts[path] = module, [cut]
         for leaf, p in parameters.items():
-            shape = (module.org_vocab_size, *p.shape[1:])
-            self._spots[f"{path}.{leaf}"] = Spot(path, leaf, kind, 0, 0, shape[0], shape, tied)
+            self._spots[f"{path}.{leaf}"] = Spot(path, leaf, kind, 0, (rows, *p.shape[1:]), tied)
 
     def _add_linear(self, path: str, module: Any, fused: Mapping[str, list[str]]) -> None:
         parent, _, leaf = path.rpartition(".")
+        sizes = _sizes(module)
         names = fused.get(leaf, [])
-        sizes = list(getattr(module, "output_sizes", None) or [module.output_size])
+        if sizes is None:
+            return
         if len(names) < 2:
-            names, sizes = [leaf], [sum(sizes)]
+            if len(sizes) > 1 and module.tp_size > 1:
+                return  # each process has rows of it here and there
+            names, sizes = [leaf], [(sum(mine for mine, _, _ in sizes), sizes[0][1], sum(size for _, _, size in sizes))]
         if len(names) != len(sizes):
             return  # fused in another way than by rows; a file that changes it is refused
-        ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-        cuts = [(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-        self._add(path, module, cuts)
-        for i, (name, (start, stop)) in enumerate(zip(names, cuts, strict=True)):
-            for kind, shape in (("weight", (stop - start, int(module.input_size))), ("bias", (stop - start,))):
-                spot = Spot(path, kind, "linear", i, start, stop, shape, path)
-                self._spots[".".join(filter(None, (parent, name, kind)))] = spot
+        self.modules[path], self.cuts[path], start = module, [], 0
+        if hasattr(module, "input_is_parallel") and module.tp_size > 1:
+            self.split.add(path)
+        for i, (name, (mine, first, size)) in enumerate(zip(names, sizes, strict=True)):
+            self.cuts[path].append(Cut(start, start + mine, first, size))
+            start += mine
+            for kind, shape in (("weight", (size, int(module.input_size))), ("bias", (size,))):
+                self._spots[".".join(filter(None, (parent, name, kind)))] = Spot(path, kind, "linear", i, shape, path)
 
     def keep(self, paths: set[str]) -> None:
         """Forget the modules but `paths` and the head: a run of the model has not called them with a row a token."""
@@ -166,10 +175,11 @@ class Places:
             if spot.kind == "norm":
                 norms.setdefault(spot.path, {})[spot.leaf] = value
             elif spot.leaf == "weight":
-                self._put(parts, spot, Part(whole=value))
+                self._put(parts, spot, Part(whole=value[self.cuts[spot.path][spot.part].mine].clone()))
             else:
-                old: Tensor = module.bias[spot.start : spot.stop]  # type: ignore[index]
-                self._put_bias(parts, spot, value - old.cpu())
+                cut = self.cuts[spot.path][spot.part]
+                old: Tensor = module.bias[cut.start : cut.stop]  # type: ignore[index]
+                self._put_bias(parts, spot, value[cut.mine] - old.cpu())
         self._tie(file, parts)
         return Own({path: tuple(found) for path, found in parts.items()}, norms)
 
@@ -189,7 +199,7 @@ class Places:
         if reference is None:
             return 0.0
         base = self.spot(reference)
-        if base is None or (base.tied, base.start, base.stop) != (spot.tied, spot.start, spot.stop):
+        if base is None or (base.tied, base.part) != (spot.tied, spot.part):
             raise Unsupported(f"{file.path}: {tensor} differs from {reference}, which is not in its place in vLLM")
         return gain
 
@@ -208,8 +218,33 @@ class Places:
         head = self.head
         if head is None or head.tied == head.path or any(self.spot(name) == head for name in file.tensors()):
             return
-        if head.tied in parts:
-            parts[head.path] = parts[head.tied]
+        (part,), (cut,) = parts.get(head.tied, [None]), self.cuts[head.path]
+        if part is not None and part.whole is not None and not cut.all:
+            part = Part(whole=part.whole[cut.mine].clone())
+        if part is not None:
+            parts[head.path] = [part]
+
+
+def _sizes(module: Any) -> list[tuple[int, int, int]] | None:
+    """Of each projection of a linear layer: the rows that this process has, the first of them, all rows. None where it
+    has another share of them than vLLM's usual one, or gives sums that are not complete yet.
+    """
+    size, rank = getattr(module, "tp_size", 1), getattr(module, "tp_rank", 0)
+    every: list[int] = list(getattr(module, "output_sizes", None) or [module.output_size])
+    if size == 1 or not (hasattr(module, "gather_output") or hasattr(module, "input_is_parallel")):
+        return [(each, 0, each) for each in every]
+    if hasattr(module, "input_is_parallel"):
+        return [(each, 0, each) for each in every] if module.reduce_results and module.input_is_parallel else None
+    if module.gather_output:
+        return None
+    if hasattr(module, "num_kv_head_replicas"):
+        queries, keys = module.num_heads * module.head_size, module.num_kv_heads * module.head_size
+        values, place = module.num_kv_heads * module.v_head_size, rank // module.num_kv_head_replicas
+        heads = module.total_num_kv_heads // module.num_kv_heads
+        return [(queries, rank * queries, size * queries), (keys, place * keys, heads * keys)] + [
+            (values, place * values, heads * values)
+        ]
+    return [(each // size, rank * (each // size), each) for each in every]
 
 
 def footprint(file: DeltaFile, dtype: torch.dtype) -> int:

@@ -10,7 +10,7 @@ Rows of the base itself stay what vLLM has computed. On a GPU with BAYOU_PACKED=
 a linear's projections, for rows that are sorted by slot; else each slot's rows are multiplied by themselves.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,11 +29,33 @@ from bayou.kernels.table import Table
 Where = slice | Tensor
 
 
+@dataclass(frozen=True)
+class Cut:
+    """Columns start to stop of a layer's output: rows first, first + 1, ... of a matrix of `rows`. With tensor
+    parallelism each process has others of them.
+    """
+
+    start: int
+    stop: int
+    first: int
+    rows: int
+
+    @property
+    def mine(self) -> slice:
+        """The rows of the matrix."""
+        return slice(self.first, self.first + self.stop - self.start)
+
+    @property
+    def all(self) -> bool:
+        """Whether these are all rows."""
+        return self.stop - self.start == self.rows
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """What a tenant has otherwise in one projection: gain * the base's + the delta's, or a weight of its own.
 
-    bias: what is added to the base's bias. At least one of them is no default.
+    delta: of all rows of the matrix; whole and bias, of this process's. bias: what is added to the base's.
     """
 
     delta: Delta | None = None
@@ -46,7 +68,7 @@ class Part:
         """Whether the product with the delta is all but a bias, so that a kernel may add it."""
         return self.delta is not None and self.gain == 1 and self.whole is None
 
-    def changed(self, x: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    def changed(self, x: Tensor, y: Tensor, bias: Tensor | None, mine: slice = slice(None)) -> Tensor:
         """The tenant's output for inputs x (rows, in), of which the base's is y (rows, out), `bias` in it."""
         if self.whole is not None:
             y = functional.linear(x, self.whole).to(y.dtype)
@@ -54,7 +76,7 @@ class Part:
         elif self.gain != 1:
             y = y * self.gain if bias is None else (y - bias) * self.gain + bias
         if self.delta is not None and self.delta.terms:
-            y = y + self.delta.apply(x).to(y.dtype)
+            y = y + self.delta.apply(x)[:, mine].to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     def row(self, ids: Tensor, y: Tensor) -> Tensor:
@@ -149,14 +171,21 @@ class Routing:
 class RowLinear:
     """The hook of a linear layer or of a head.
 
-    cuts: first column and column after the last of each projection in the output. lines: slots. kernels: multiply by
-    the deltas of all slots at once.
+    cuts: of each projection. lines: slots. kernels: multiply by the deltas of all slots at once. gather: makes the
+    whole input of what this process is given of it (None: it is given all).
     """
 
     def __init__(
-        self, routing: Routing, path: str, module: nn.Module, cuts: Sequence[tuple[int, int]], lines: int, kernels: bool
+        self,
+        routing: Routing,
+        path: str,
+        module: nn.Module,
+        cuts: Sequence[Cut],
+        lines: int,
+        kernels: bool,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        self.routing, self.path, self.module = routing, path, module
+        self.routing, self.path, self.module, self.gather = routing, path, module, gather
         self.cuts, self.lines, self.kernels = tuple(cuts), lines, kernels
         self.own: dict[int, tuple[Part | None, ...]] = {}
         self.table: Table | None = None
@@ -186,7 +215,7 @@ class RowLinear:
         every = {line: found for line in self.own if any(found := self._terms(line))}
         deltas = (part.delta for parts in self.own.values() for part in parts if part is not None)
         features = next(delta.shape[1] for delta in deltas if delta is not None)
-        shapes = [(stop - start, features) for start, stop in self.cuts]
+        shapes = [(cut.rows, features) for cut in self.cuts]
         self.table = Table(shapes, self.lines, list(every.values()), self.routing.device)
         for line, found in every.items():
             self.table.write(line, found)
@@ -201,6 +230,7 @@ class RowLinear:
         parts = [(slot, where) for slot, where in rows.parts if slot in self.own]
         if not parts:
             return
+        x = x if self.gather is None else self.gather(x)
         x, y = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         table = self.table if self.kernels else None
         if table is not None:
@@ -208,23 +238,30 @@ class RowLinear:
         bias: Tensor | None = getattr(self.module, "bias", None)
         bias = None if getattr(self.module, "skip_bias_add", False) else bias
         for slot, where in parts:
-            for (start, stop), part in zip(self.cuts, self.own[slot], strict=True):
+            for cut, part in zip(self.cuts, self.own[slot], strict=True):
                 added = table is not None and part is not None and part.only_adds
                 if part is None or (added and part.bias is None):
                     continue
-                cut, left = None if bias is None else bias[start:stop], Part(bias=part.bias) if added else part
-                y[where, start:stop] = left.changed(x[where], y[where, start:stop], cut)
+                columns = slice(cut.start, cut.stop)
+                left = Part(bias=part.bias) if added else part
+                base = None if bias is None else bias[columns]
+                y[where, columns] = left.changed(x[where], y[where, columns], base, cut.mine)
 
     def _add_all(self, table: Table, x: Tensor, y: Tensor, rows: Rows) -> None:
         order, bounds, lines, most = rows.sorted
         given = x if order is None else x[order]
         given = given if given.stride(-1) == 1 else given.contiguous()
-        cut = [y[:, start:stop] for start, stop in self.cuts]
-        outs = cut if order is None else [torch.zeros_like(each) for each in cut]
+        columns = [y[:, cut.start : cut.stop] for cut in self.cuts]
+        outs = [
+            each if order is None and cut.all else y.new_zeros(len(y), cut.rows)
+            for cut, each in zip(self.cuts, columns, strict=True)
+        ]
         packed_product(table, given, bounds, lines, outs, most=most, scratch=table.scratch(rows.count))
-        if order is not None:
-            for each, made in zip(cut, outs, strict=True):
-                each.index_add_(0, order, made)
+        for cut, each, made in zip(self.cuts, columns, outs, strict=True):
+            if order is not None:
+                each.index_add_(0, order, made[:, cut.mine])
+            elif not cut.all:
+                each += made[:, cut.mine]
 
 
 class RowEmbedding:

@@ -82,6 +82,7 @@ class Manager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: Any) -> nn.Module:
         """Put the hooks behind the modules of `model`. Raises Unsupported for a configuration that cannot be served."""
+        from vllm.distributed import tensor_model_parallel_all_gather
         from vllm.model_executor.layers.linear import LinearBase
         from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -100,7 +101,8 @@ class Manager:
                 self.hooks[path] = RowNorm(self.routing, path, module, lines)
             elif isinstance(module, LinearBase) or path.rpartition(".")[2] == HEAD:
                 cuts = self.places.cuts[path]
-                self.hooks[path] = RowLinear(self.routing, path, module, cuts, lines, kernels)
+                gather = tensor_model_parallel_all_gather if path in self.places.split else None
+                self.hooks[path] = RowLinear(self.routing, path, module, cuts, lines, kernels, gather)
             else:
                 self.hooks[path] = RowEmbedding(self.routing, path)
             if path.rpartition(".")[2] == HEAD:
@@ -179,7 +181,7 @@ class Manager:
 
     def set_active_adapters(self, requests: set[Any], mapping: Any | None) -> None:
         """Begin a step. requests: the deltas in it. mapping: ids of its rows' and scores' deltas, 0 for the base."""
-        wanted = {request.lora_int_id: request for request in requests if request}
+        wanted = {r.lora_int_id: r for r in sorted(requests, key=lambda r: r.lora_int_id)}
         if len(wanted) > len(self.slots):
             raise RuntimeError(f"bayou: {len(wanted)} deltas in a step that has {len(self.slots)} slots")
         for number, request in wanted.items():
@@ -297,9 +299,10 @@ def refuse(config: Any) -> None:
     """Raises Unsupported, naming the option, where vLLM would compute in a way that rows cannot be told apart in."""
     parallel, model = config.parallel_config, config.model_config
     found = {
-        f"--tensor-parallel-size {parallel.tensor_parallel_size}": parallel.tensor_parallel_size > 1,
         f"--pipeline-parallel-size {parallel.pipeline_parallel_size}": parallel.pipeline_parallel_size > 1,
-        "two microbatches at once (--enable-dbo)": bool(getattr(parallel, "use_ubatching", False)),
+        "context parallelism": parallel.decode_context_parallel_size * parallel.prefill_context_parallel_size > 1,
+        "two microbatches at once (--enable-dbo)": parallel.use_ubatching,
+        "--enable-batch-sharded-sampling": parallel.enable_batch_sharded_sampling,
         "speculative decoding": config.speculative_config is not None,
         f"--runner {model.runner_type}": model.runner_type != "generate",
         "a model of more than text": model.is_multimodal_model,
