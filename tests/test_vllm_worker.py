@@ -68,6 +68,19 @@ def test_every_row_is_its_own_model_s(
     assert all((hook.table is not None) == kernels for hook in served.manager.hooks.values() if hasattr(hook, "table"))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device for the compiled kernels")
+@pytest.mark.parametrize("packed", ["0", "1"])
+def test_every_row_is_its_own_model_s_on_a_gpu(folder: Path, monkeypatch: pytest.MonkeyPatch, packed: str) -> None:
+    monkeypatch.setenv("BAYOU_PACKED", packed)
+    served = Served(folder / "base", device="cuda")
+    which: dict[str | None, Request | None] = {name: request(folder, name, i + 1) for i, name in enumerate(METHODS)}
+    for names in (["come", None, "signs", "come", None, "signs", "come"], [None, None, *["ranks"] * 3, *["signs"] * 2]):
+        found = served.step([(which.get(name), PROMPTS[i]) for i, name in enumerate(names)], padding=1)
+        right(folder, names, found, atol=5e-3)
+    tables = [hook.table for hook in served.manager.hooks.values() if isinstance(hook, RowLinear)]
+    assert all((table is not None) == (packed == "1") for table in tables)
+
+
 @pytest.mark.parametrize("kind", ["llama_gqa", "llama_tied", "qwen2"])
 @pytest.mark.parametrize("kernels", [False, True])
 def test_matrices_that_are_stored_whole(
