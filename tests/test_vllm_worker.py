@@ -317,6 +317,24 @@ def test_modules_that_are_never_called_are_refused(plain: Path) -> None:
         served.manager.add_adapter(request(plain, "t0", 1))
 
 
+def test_a_model_whose_head_is_not_heard_is_refused(plain: Path) -> None:
+    class Direct(Llama):
+        def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.lm_head.weight.T
+
+    class Headless(Llama):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            del self.logits_processor
+
+        def compute_logits(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ self.model.embed_tokens.weight.T
+
+    for kind in (Direct, Headless):
+        with pytest.raises(Unsupported, match=f"finds no head in {kind.__name__} whose scores it could change"):
+            Served(plain / "base", kind)
+
+
 def test_a_model_that_cannot_be_run_to_see_is_refused(plain: Path) -> None:
     class Other(Llama):
         def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

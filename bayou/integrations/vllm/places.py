@@ -136,12 +136,10 @@ class Places:
                 self._spots[".".join(filter(None, (parent, name, kind)))] = Spot(path, kind, "linear", i, shape, path)
 
     def keep(self, paths: set[str]) -> None:
-        """Forget the modules but `paths` and the head: a run of the model has not called them with a row a token."""
-        silent = {path for path in self.modules if path not in paths and path.rpartition(".")[2] != HEAD}
-        self._spots = {name: spot for name, spot in self._spots.items() if spot.path not in silent}
-        for path in silent:
-            del self.modules[path]
-            self.cuts.pop(path, None)
+        """Forget the modules but `paths`: a run of the model has not called them with a row a token."""
+        self._spots = {name: spot for name, spot in self._spots.items() if spot.path in paths}
+        self.modules = {path: module for path, module in self.modules.items() if path in paths}
+        self.cuts = {path: cuts for path, cuts in self.cuts.items() if path in paths}
 
     def spot(self, tensor: str) -> Spot | None:
         """Where the tensor of a checkpoint lies."""

@@ -97,18 +97,17 @@ class Manager:
         self.places = Places(model, LinearBase, VocabParallelEmbedding)
         lines, kernels = len(self.slots), suits(torch.empty(0, dtype=self.dtype, device=self.device))
         for path, module in self.places.modules.items():
+            head = path.rpartition(".")[2] == HEAD
             if path not in self.places.cuts:
                 self.hooks[path] = RowNorm(self.routing, path, module, lines)
-            elif isinstance(module, LinearBase) or path.rpartition(".")[2] == HEAD:
+            elif isinstance(module, LinearBase) or head:
                 cuts = self.places.cuts[path]
                 gather = tensor_model_parallel_all_gather if path in self.places.split else None
                 self.hooks[path] = RowLinear(self.routing, path, module, cuts, lines, kernels, gather)
             else:
                 self.hooks[path] = RowEmbedding(self.routing, path)
-            if path.rpartition(".")[2] == HEAD:
-                self._behind_head(
-                    model.get_submodule((path.rpartition(".")[0] + ".logits_processor").lstrip(".")), path
-                )
+            if head:
+                self._behind_head(model, path)
             else:
                 module.register_forward_hook(self.hooks[path])
         model.register_forward_hook(self.routing.heard)
@@ -121,19 +120,23 @@ class Manager:
         )
         return model
 
-    def _behind_head(self, processor: Any, path: str) -> None:
-        """vLLM's heads are never called: the processor of scores multiplies by their weight."""
+    def _behind_head(self, model: nn.Module, path: str) -> None:
+        """vLLM's heads are never called: the processor of scores beside them multiplies by their weight."""
+        processor: Any = getattr(model.get_submodule(path.rpartition(".")[0]), "logits_processor", None)
+        if processor is None:
+            return  # which the probe will tell
         inner, hook = processor._apply_head, self.hooks[path]
         assert isinstance(hook, RowLinear)
 
         def applied(head: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
             scores = inner(head, x, bias)
+            self.routing.called.add(path)
             hook.add(x, scores, self.routing.of_head(x))
             return scores
 
         processor._apply_head = applied
 
-    def _probe(self, model: nn.Module, vllm_config: Any) -> None:
+    def _probe(self, model: Any, vllm_config: Any) -> None:
         """Run the model once, as vLLM does to see what memory it takes: which modules are called, a row a token?"""
         from vllm.config import set_current_vllm_config
         from vllm.forward_context import set_forward_context
@@ -146,13 +149,19 @@ class Manager:
                 set_current_vllm_config(vllm_config),
                 set_forward_context(None, vllm_config, num_tokens=_PROBE),
             ):
-                model(input_ids=ids, positions=torch.arange(_PROBE, device=self.device))
+                hidden = model(input_ids=ids, positions=torch.arange(_PROBE, device=self.device))
+                model.compute_logits(hidden)
         except Exception as error:  # a model may raise anything for a run that it is not made for
             raise Unsupported(
                 f"BAYOU_MODE=packed cannot run {type(model).__name__} to see how it computes ({error!s:.200}); leave "
                 "BAYOU_MODE out to serve LoRAs"
             ) from error
         self.routing.probing = 0
+        if self.places.head is None or self.places.head.path not in self.routing.called:
+            raise Unsupported(
+                f"BAYOU_MODE=packed finds no head in {type(model).__name__} whose scores it could change; leave "
+                "BAYOU_MODE out to serve LoRAs"
+            )
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
