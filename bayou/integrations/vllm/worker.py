@@ -69,7 +69,7 @@ class Manager:
     is_enabled = True
 
     def __init__(self, vllm_config: Any, device: torch.device, *_: Any, **__: Any) -> None:
-        self.config, self.device = vllm_config, torch.device(device)
+        self.config, self.device = vllm_config, torch.empty(0, device=device).device  # cuda is cuda:0 from here on
         self.slots: list[int | None] = [None] * vllm_config.lora_config.max_loras
         self.kept: OrderedDict[int, Own | None] = OrderedDict()  # None: vLLM's stand-ins while it warms up
         self.pinned: set[int] = set()
