@@ -123,6 +123,13 @@ def test_base_and_three_fine_tunes_in_one_batch_answer_as_the_restored_models(se
     answer_as_the_restored_models(server)
 
 
+@pytest.mark.parametrize("kind", ["mistral", "qwen3", "phi3"])
+def test_other_models(tmp_path: Path, kind: str) -> None:
+    files(tmp_path, kind)
+    with running(tmp_path, PACKED, "--max-loras", "3") as server:
+        answer_as_the_restored_models(server)
+
+
 @pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two processes that share the layers need two cores")
 @pytest.mark.parametrize(("kind", "shape"), [("llama_tied", {"num_key_value_heads": 1}), ("qwen2", {})])
 def test_two_processes_with_half_of_each_layer(tmp_path: Path, kind: str, shape: dict[str, int]) -> None:
