@@ -71,7 +71,8 @@ $(VLLM_STAMP): pyproject.toml constraints/vllm.txt
 	@touch $@
 
 test-vllm: $(VLLM_STAMP)
-	OMP_NUM_THREADS=1 $(VLLM_BIN) -m pytest tests/test_vllm.py tests/test_vllm_refusals.py tests/test_vllm_server.py
+	OMP_NUM_THREADS=1 $(VLLM_BIN) -m pytest tests/test_vllm.py tests/test_vllm_refusals.py tests/test_vllm_server.py \
+	  tests/test_vllm_packed.py
 
 format: setup
 	$(BIN) -m ruff check --fix .

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import http.client
 import importlib.util
-import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pico
 import plugged
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from vllm_process import NEW, PROMPTS, Server, behind, running
 
 import bayou
 from bayou.calibrate import read_tokenizer
@@ -34,37 +24,8 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here: make test-vllm"),
 ]
 
-RANK, NEW, WAIT = 64, 24, 300
-PROMPTS = [[1, *torch.randint(5, 128, (12,), generator=torch.Generator().manual_seed(i)).tolist()] for i in range(16)]
+RANK = 64
 TEXT = "Every number of this text counts, and so does every letter; vLLM reads it as we do. " * 2
-
-
-@dataclass
-class Server:
-    """vLLM's server. folder: base, the fine-tunes, deltas, cache. log: all that it has said."""
-
-    folder: Path
-    port: int
-    log: Path
-
-    def post(self, path: str, **body: Any) -> tuple[int, Any]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=WAIT)
-        try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            answer = connection.getresponse()
-            content, kind = answer.read(), answer.getheader("Content-Type", "")
-            return answer.status, json.loads(content) if "json" in kind else content.decode()
-        finally:
-            connection.close()
-
-    def complete(self, model: str, prompt: list[int], **more: Any) -> dict[str, Any]:
-        wanted = {"max_tokens": NEW, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-        status, answer = self.post("/v1/completions", model=model, prompt=prompt, **wanted | more)
-        assert status == 200, answer
-        return answer["choices"][0]
-
-    def lines(self, word: str) -> list[str]:
-        return [line for line in self.log.read_text().splitlines() if word in line]
 
 
 def linears_only(base: Path, tuned: Path) -> None:
@@ -96,47 +57,14 @@ def files(folder: Path) -> None:
     plugged.flip(damaged, damaged.stat().st_size // 2)
 
 
-def started(folder: Path) -> tuple[subprocess.Popen[bytes], Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mine = {"BAYOU_DELTAS": folder / "deltas", "BAYOU_CACHE": folder / "cache", "BAYOU_MAX_RANK": RANK}
-    # bf16 on a virtual machine that says it has AMX may be an illegal instruction: hence float32 and this ISA.
-    theirs = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": 1, "VLLM_CPU_KVCACHE_SPACE": 1, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}
-    theirs |= {"VLLM_NO_USAGE_STATS": 1, "HF_HUB_OFFLINE": 1}
-    environment = os.environ | {key: str(value) for key, value in (mine | theirs).items()}
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder / "base")]
-    command += ["--served-model-name", "base", "--dtype", "float32", "--max-model-len", "256", "--enforce-eager"]
-    # One slot more than there are deltas: the last test shows why.
-    command += ["--enable-lora", "--max-lora-rank", str(RANK), "--max-loras", "3", "--max-logprobs", "128"]
-    command += ["--host", "127.0.0.1", "--port", str(port)]
-    log = folder / "server.log"
-    with open(log, "wb") as out:
-        child = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=environment, cwd=folder, start_new_session=True
-        )
-    return child, Server(folder, port, log)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("server")
     files(folder)
-    child, found = started(folder)
-    try:
-        end = time.monotonic() + WAIT
-        while not found.lines("Application startup complete"):
-            if child.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"vLLM did not start:\n{found.log.read_text()[-6000:]}", pytrace=False)
-            time.sleep(0.5)
+    # One slot more than there are deltas: the last test shows why.
+    options = ("--max-lora-rank", str(RANK), "--max-loras", "3")
+    with running(folder, {"BAYOU_MAX_RANK": RANK}, *options) as found:
         yield found
-    finally:
-        child.terminate()
-        try:
-            child.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
 
 
 def reference(server: Server, model: str) -> torch.nn.Module:
@@ -151,24 +79,9 @@ def reference(server: Server, model: str) -> torch.nn.Module:
     return peft.PeftModel.from_pretrained(base, adapter).eval()
 
 
-def asked_at_once(server: Server, models: tuple[str, ...]) -> dict[tuple[str, int], list[int]]:
-    """The answers to every prompt by every model, all of them asked for at the same time."""
-    todo = [(model, index) for index in range(len(PROMPTS)) for model in models]
-    with ThreadPoolExecutor(len(todo)) as clients:
-        found = clients.map(lambda one: server.complete(one[0], PROMPTS[one[1]])["token_ids"], todo)
-        return dict(zip(todo, found, strict=True))
-
-
-def behind(expected: torch.nn.Module, prompt: list[int], answer: list[int]) -> torch.Tensor:
-    """By how much each token's logit is below the greatest, after the tokens before it; 0 for the right token."""
-    with torch.no_grad():
-        logits = expected(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
-    return logits.amax(1) - logits[torch.arange(len(answer)), torch.tensor(answer)]
-
-
 def test_base_and_deltas_in_one_batch_answer_as_base_and_adapter_do(server: Server) -> None:
     models = ("base", "plain", "signs")
-    answers = asked_at_once(server, models)
+    answers = server.asked_at_once(models)
     assert all(len(answer) == NEW for answer in answers.values())
     gaps = torch.cat(
         [
@@ -248,6 +161,6 @@ def test_the_base_beside_as_many_deltas_as_there_are_slots(server: Server) -> No
     shutil.copy(server.folder / "deltas" / "signs.bayou", server.folder / "deltas" / "third.bayou")
     for model in ("plain", "signs", "third"):
         server.complete(model, PROMPTS[0])
-    answers, expected = asked_at_once(server, ("base", "plain", "third")), reference(server, "base")
+    answers, expected = server.asked_at_once(("base", "plain", "third")), reference(server, "base")
     for index, prompt in enumerate(PROMPTS):
         assert behind(expected, prompt, answers["base", index]).max() < 1e-3

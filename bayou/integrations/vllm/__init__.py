@@ -3,13 +3,18 @@
     BAYOU_DELTAS=deltas VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 vllm serve BASE --enable-lora --max-lora-rank 64
 
 A request for the model "sql" then finds deltas/sql.bayou. Every byte of it is verified, and the files of the base that
-vLLM was started with are hashed (not its parameters, which it fuses); then it is written as a PEFT adapter, once, to
-$BAYOU_CACHE/adapters, under the file's root. A LoRA is all that this is: norms, embeddings and heads stay the base's,
-and one line of the log says what is left out. A file that is damaged, or of another base, has no adapter.
+vLLM was started with are hashed (not its parameters, which it fuses). A file that is damaged, or of another base, is
+refused. What vLLM is given then, BAYOU_MODE says:
+
+    lora (unless set)  a PEFT adapter, written once to $BAYOU_CACHE/adapters, under the file's root. Any vLLM takes it,
+                       but norms, embeddings and heads stay the base's; one line of the log says what is left out.
+    packed             the file itself, as it is, with all that is in it. This is done inside vLLM, of one version: see
+                       worker.py, and places.py and rows.py.
 
     BAYOU_DELTAS         the folder of the files; without it the plugin does nothing
     BAYOU_CACHE          where adapters and fingerprints are kept; ~/.cache/bayou unless set
-    BAYOU_MAX_RANK       what every matrix is cut to that has more: 8, 16, 32, 64, 128, 256, 320 or 512 (unless set)
+    BAYOU_MAX_RANK       lora: what every matrix is cut to that has more: 8, 16, ..., 256, 320 or 512 (unless set)
+    BAYOU_DELTA_MEMORY   packed: bytes of a delta in memory at most; unless set, of the largest file in the folder
     BAYOU_BASE_REVISION  a Hub id's, where vLLM was given --revision
 
 Nothing of vLLM is imported before it calls `register`.
@@ -24,16 +29,20 @@ import os
 import re
 import stat
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from bayou.checkpoint import atomic, cache_folder, resolve
+import torch
+
+from bayou.checkpoint import Checkpoint, atomic, cache_folder, resolve
 from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, BayouError, DamagedFile, disk_error
 from bayou.integrations.peft import VLLM_RANKS
+from bayou.integrations.vllm.places import footprint
+from bayou.restore import parse_size
 from bayou.version import __version__
 
 TIERS = VLLM_RANKS[1:]
@@ -43,20 +52,31 @@ _SUFFIX = ".bayou"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", re.ASCII)
 _REPORT = "bayou.json"
 _CONFIGS = ("config.json", "generation_config.json")
+Made = TypeVar("Made")
 _log = logging.getLogger("vllm.bayou")  # below vLLM's own logger, whose handler and level it takes
 
 
 @dataclass(frozen=True)
 class Settings:
-    """deltas: the folder of files. rank: a tier. revision: of a base that is a Hub id; None is what vLLM loads then."""
+    """deltas: the folder of files. rank: a tier. revision: of a base that is a Hub id; None is what vLLM loads then.
+
+    packed: BAYOU_MODE. memory: bytes of a delta at most; None: see `room`.
+    """
 
     deltas: Path
     rank: int
     revision: str | None
+    packed: bool = False
+    memory: int | None = None
 
     @classmethod
     def read(cls, environment: Mapping[str, str]) -> "Settings | None":
-        """From BAYOU_DELTAS, BAYOU_MAX_RANK, BAYOU_BASE_REVISION; None without the first. Raises BadInput."""
+        """From the variables above; None without BAYOU_DELTAS. Raises BadInput."""
+        mode = environment.get("BAYOU_MODE") or "lora"
+        if mode not in ("lora", "packed"):
+            raise BadInput(f"BAYOU_MODE={mode}: choose lora or packed")
+        if mode == "packed" and not environment.get("BAYOU_DELTAS"):
+            raise BadInput("BAYOU_MODE=packed needs BAYOU_DELTAS, the folder that your .bayou files lie in")
         if not environment.get("BAYOU_DELTAS"):
             return None
         folder = Path(environment["BAYOU_DELTAS"])
@@ -65,7 +85,19 @@ class Settings:
         word = environment.get("BAYOU_MAX_RANK") or str(TIERS[-1])
         if word not in map(str, TIERS):
             raise BadInput(f"BAYOU_MAX_RANK={word}: choose {', '.join(map(str, TIERS))}, as for --max-lora-rank")
-        return cls(folder.resolve(), int(word), environment.get("BAYOU_BASE_REVISION") or None)
+        size = environment.get("BAYOU_DELTA_MEMORY")
+        revision = environment.get("BAYOU_BASE_REVISION") or None
+        return cls(folder.resolve(), int(word), revision, mode == "packed", parse_size(size) if size else None)
+
+    def room(self, dtype: torch.dtype) -> int | None:
+        """Bytes of a delta at most: as told, else of the largest file that is there now; None where there is none."""
+        if self.memory is not None:
+            return self.memory
+        sizes = []
+        for path in sorted(self.deltas.glob(f"*{_SUFFIX}")):
+            with contextlib.suppress(BayouError):  # which is said when the file is asked for
+                sizes.append(footprint(DeltaFile(path), dtype))
+        return max(sizes, default=None)
 
 
 @dataclass(frozen=True)
@@ -119,6 +151,13 @@ class Shelf:
         a file that is damaged, of another base, or none that a LoRA could stand for. What is wrong with a file is
         remembered until it changes, so that nobody can have a large one read again and again.
         """
+        return self._remembering(base, name, self._adapter)
+
+    def packed(self, base: str | Path, name: str) -> str | None:
+        """The file of a name as vLLM's worker reads it (worker.py), verified; otherwise as `adapter`."""
+        return self._remembering(base, name, self._packed)
+
+    def _remembering(self, base: str | Path, name: str, make: Callable[[Path, Path], Made]) -> Made | None:
         path = self.find(name)
         if path is None:
             return None
@@ -129,11 +168,24 @@ class Shelf:
         if known is not None and known[0] == stamp:
             raise known[1](known[2])
         try:
-            return self._adapter(folder, path)
+            return make(folder, path)
         except BayouError as error:
             if type(error) is not BayouError:  # which is a disk's, and may be free again
                 self._refused[name] = stamp, type(error), str(error)
             raise
+
+    def _packed(self, base: Path, path: Path) -> str:
+        from bayou.integrations.vllm.worker import check, named
+
+        file = DeltaFile(path)
+        file.verify()
+        check(file, Checkpoint(base))
+        others = _other_files(file, base, ())
+        _log.info(
+            "bayou: %s: all of the file %s is served, norms, embeddings and head too%s",
+            *(path.stem, file.root[:12], f"; the base's {', '.join(others)} stay in force" if others else ""),
+        )
+        return named(path, file.root)
 
     def _adapter(self, base: Path, path: Path) -> Expanded:
         file = DeltaFile(path)
@@ -195,14 +247,14 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _other_files(file: DeltaFile, base: Path) -> list[str]:
-    """Files of the tokenizer, chat template among them, that the fine-tune has otherwise: vLLM has one for all."""
+def _other_files(file: DeltaFile, base: Path, but: Collection[str] = _CONFIGS) -> list[str]:
+    """Files, tokenizer's and chat template among them, that the fine-tune has otherwise: vLLM has one for all."""
 
     def differs(name: str) -> bool:
         path = base / name
         return not path.is_file() or file.read_file(name, base) != path.read_bytes()
 
-    return [name for name in file.files if name not in _CONFIGS and differs(name)]
+    return [name for name in file.files if name not in but and differs(name)]
 
 
 def resolver(settings: Settings) -> Any:
@@ -220,18 +272,20 @@ def resolver(settings: Settings) -> Any:
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
             if shelf.find(lora_name) is None:
                 return None
+            make = shelf.packed if settings.packed else shelf.adapter
             try:
-                work = asyncio.get_running_loop().run_in_executor(thread, shelf.adapter, base_model_name, lora_name)
-                found = await work
+                found = await asyncio.get_running_loop().run_in_executor(thread, make, base_model_name, lora_name)
             except (BayouError, OSError) as error:
                 _log.warning("bayou: %s is refused: %s", lora_name, error)
                 return None
+            if isinstance(found, Expanded):
+                _log.info("bayou: %s: %s", lora_name, found.line())
+                found = str(found.folder)
             if found is None:
                 return None
-            _log.info("bayou: %s: %s", lora_name, found.line())
-            number = hashlib.sha256(f"{lora_name} {found.root}".encode()).digest()[:7]
             # The path has the file's root in it, and vLLM keys its prefix cache by name and path.
-            return LoRARequest(lora_name, int.from_bytes(number, "big") + 1, str(found.folder))
+            number = hashlib.sha256(f"{lora_name} {found}".encode()).digest()[:7]
+            return LoRARequest(lora_name, int.from_bytes(number, "big") + 1, found)
 
     return BayouResolver()
 
@@ -244,6 +298,10 @@ def register() -> None:
     settings = Settings.read(os.environ)
     if settings is None:
         return
+    if settings.packed:
+        from bayou.integrations.vllm.worker import install
+
+        install()
     from vllm.lora.resolver import LoRAResolverRegistry
     from vllm.platforms import current_platform
 
@@ -252,7 +310,7 @@ def register() -> None:
     LoRAResolverRegistry.register_resolver("bayou", resolver(settings))
     if os.environ.get("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "0").strip().lower() not in ("1", "true"):
         _log.warning("bayou: vLLM asks for no adapters by name unless VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 is set")
-    if current_platform.is_cpu():
+    if current_platform.is_cpu() and not settings.packed:
         _log.warning(
             "bayou: on CPUs vLLM may add the adapter of its last slot to requests for the base in the same batch (its "
             "pull request 48421); give --max-loras one more than there are deltas"
