@@ -72,36 +72,6 @@ def _svd(matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     return _divided(u, s.float()), s.float(), v.T.float()
 
 
-def projection(matrix: Matrix, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
-    """u (out, rank) and v = u^T matrix (rank, in), fp32, so that ||(matrix - u v) L|| is the least of any rank `rank`.
-
-    metric: L L^T, (in, in) fp64, positive definite. u's columns are orthonormal, by falling share of ||matrix L||; those
-    past the matrix's rank are nil. The rows of v are as alike from column to column as the matrix itself: the metric
-    chooses what is kept, and never weighs it.
-    """
-    with clock.step("decompose"):
-        out, width = matrix.shape
-        rank = min(rank, out, width)
-        if out <= width:
-            whole = matrix.whole().double()
-            u = _leading(whole @ metric @ whole.T, rank)
-            left = whole.norm()
-            v = u.T @ whole
-            nil = v.norm(dim=1) <= 1e-7 * left
-            return u.masked_fill(nil, 0).float(), v.masked_fill(nil[:, None], 0).float()
-        root = torch.linalg.cholesky(metric)
-        gram = torch.zeros_like(metric)
-        for _, block in matrix.blocks():
-            part = block.double() @ root
-            gram += part.T @ part
-        side = root @ _leading(gram, rank)
-        columns = torch.cat([block.double() @ side for _, block in matrix.blocks()])
-        norms = columns.norm(dim=0)
-        u = _divided(columns, norms)
-        v = sum((u[i : i + len(block)].T @ block.double() for i, block in matrix.blocks()), torch.zeros_like(side.T))
-        return u.float(), v.float()
-
-
 def _leading(gram: Tensor, rank: int) -> Tensor:
     """Eigenvectors (n, rank) of the `rank` largest eigenvalues of a symmetric fp64 matrix, signs fixed."""
     vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)

@@ -1,15 +1,15 @@
 """Candidates for the method `auto`, in memory, at true whole-file bytes: what each ingredient is worth.
 
     python bench/auto_ablation.py --testbed PATH/testbed.py --models TB --task intent --device cuda --keep FOLDER \
-        --ratio 16 32 64 --set first --out FILE.jsonl
+        --ratio 16 32 64 --set entropy --out FILE.jsonl
 
-See auto_bed.py for what is scored. Entropy-coded candidates are charged the entropy of their codes (static tables of 16
-ranks each, 4 bits a symbol for the table), their scales in fp16 and the same exact bytes as all; step sizes are found by
-bisection on every sixth layer, and the bytes that the whole then has are in the line. One JSON line a candidate.
+See auto_bed.py for what is scored. "deltacome" is the package's own method and allocation. Entropy-coded candidates have
+one uniform step for all ranks of a matrix, nothing clipped, and are charged the entropy of their codes (static tables
+of 16 ranks each, 4 bits a symbol for the table), their scales in fp16 and the same exact bytes as all; step sizes are
+found by bisection on every sixth layer, and the bytes that the whole then has are in the line. One JSON line a candidate.
 """
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from tune_refit import KINDS
 from bayou import allocate, decompose, methods
 from bayou.decompose import Matrix
 from bayou.delta import Delta, Term
-from bayou.methods import Site, auto, deltacome, lowrank
+from bayou.methods import Site, deltacome, lowrank
 from bayou.packed import PLANES, Packed, Spec
 from bayou.plan import SiteRecord
 from bayou.quantize import Factor, Grid, factorize, gptq
@@ -254,15 +254,6 @@ class Remembered:
     def __init__(self, bed: Bed, most: int = 256) -> None:
         self.bed, self.most, self.site = bed, most, ""
 
-    def projection(self, matrix: Matrix, rank: int, metric: Tensor) -> tuple[Tensor, Tensor]:
-        """decompose.projection."""
-        if rank > self.most:
-            return decompose.projection(matrix, rank, metric)
-        key = hashlib.sha256(metric[:, 0].cpu().numpy().tobytes()).hexdigest()[:8]
-        name = f"projection-{self.site}-{key}"
-        u, v = self.bed.kept(name, lambda: decompose.projection(matrix, self.most, metric))
-        return u[:, :rank].contiguous(), v[:rank].contiguous()
-
     def svd(self, matrix: Matrix, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """decompose.svd."""
         if rank > self.most:
@@ -278,10 +269,7 @@ def encode_by_method(bed: Bed, option: Option, ratio: float) -> tuple[dict[str, 
     records = allocate.allocate(records, limit, embedding_rate=option.get("embedding_rate", 0.5))
     report: dict[str, Any] = {}
     memory = Remembered(bed)
-    for module in (auto, deltacome, lowrank):
-        for name in ("svd", "projection"):
-            if hasattr(module, name):
-                setattr(module, name, getattr(memory, name))
+    deltacome.svd = lowrank.svd = memory.svd  # type: ignore[assignment]
     grams: dict[int, list[methods.Gram]] = {}
     coded: dict[str, Tensor] = {}
     entropy = 0.0
@@ -300,7 +288,11 @@ def encode_by_method(bed: Bed, option: Option, ratio: float) -> tuple[dict[str, 
         coded[kind] = torch.stack(parts)
         error, delta = coded[kind] - bed.delta[kind], bed.delta[kind]
         lost = ((error @ moment) * error).sum((-2, -1)) / ((delta @ moment) * delta).sum((-2, -1))
-        report[kind] = {"rank": record.options.get("rank"), "bytes": record.nbytes, "error": round(lost.mean().item(), 5)}
+        report[kind] = {
+            "rank": record.options.get("rank"),
+            "bytes": record.nbytes,
+            "error": round(lost.mean().item(), 5),
+        }
     record = by_name[TABLE]
     memory.site = TABLE
 
@@ -311,7 +303,11 @@ def encode_by_method(bed: Bed, option: Option, ratio: float) -> tuple[dict[str, 
     chosen = "-".join(f"{v}" for v in record.options.values()).replace("/", "_")
     table, table_entropy = bed.kept(f"table-{record.method}-{chosen}", table_terms)
     total = sum(one.nbytes for one in records)
-    report |= {"linear_bytes": total - record.nbytes, "table_bytes": record.nbytes, "table_rank": record.options["rank"]}
+    report |= {
+        "linear_bytes": total - record.nbytes,
+        "table_bytes": record.nbytes,
+        "table_rank": record.options["rank"],
+    }
     report |= {"linears_if_entropy_coded": round(entropy), "table_if_entropy_coded": round(table_entropy)}
     return coded, table.float(), report
 
@@ -353,7 +349,9 @@ class Table:
         ranks = max(1, int(keep.sum()))
         v, u, energy = self.v[:ranks], self.u[:, :ranks], self.energy[:ranks]
         v_step = (step / self.pivot.sqrt()).expand(ranks, 1)
-        v_codes, v_hat = gptq(v, self.factor, Grid(v_step, torch.full_like(v_step, 2048.0), torch.full_like(v_step, 4095.0)))
+        v_codes, v_hat = gptq(
+            v, self.factor, Grid(v_step, torch.full_like(v_step, 2048.0), torch.full_like(v_step, 4095.0))
+        )
         u_step = (step / energy.sqrt())[None]
         u_codes = (u / u_step).round().clamp(-2048, 2047)
         size = (entropy_bits(u_codes.T, 1) + entropy_bits(v_codes - 2048, 1)) / 8 + 4 * ranks
@@ -379,14 +377,27 @@ def candidates(which: str) -> Iterator[Option]:
     if which == "deltacome":  # the strong baseline: its best share of the embedding
         for rate in (0.25, 0.5, 1.0):
             yield {"name": f"deltacome, embedding rate {rate}", **published, "embedding_rate": rate}
-    if which == "auto":
-        yield {"name": "auto", "method": "auto"}
     if which == "entropy":
-        yield {"name": "entropy", "share": 0.1}
+        for share in (0.1, 0.06, 0.16):  # of the bytes, for the embedding
+            yield {"name": f"entropy, share {share}", "share": share}
+        for white in (0.0, 0.5):
+            yield {"name": f"entropy, white {white}", "share": 0.1, "white": white}
+        for strength in ("matrix", None):
+            yield {"name": f"entropy, strength {strength}", "share": 0.1, "strength": strength}
         for alpha in (0.5, 0.75):
             yield {"name": f"entropy, alpha {alpha}", "share": 0.1, "alpha": alpha}
-        for worth in (0.08, 0.3):
+        for worth in (0.03, 0.08, 0.3):
             yield {"name": f"entropy, worth {worth}", "share": 0.1, "worth": worth}
+        for step in (0.7, 1.4):
+            yield {"name": f"entropy, V's step x {step}", "share": 0.1, "v_step": step}
+        for ridge in (1.0, 3.0):
+            yield {"name": f"entropy, U refitted, ridge {ridge}", "share": 0.1, "refit": ridge}
+        for head in (0.5, 0.9):
+            yield {"name": f"entropy, head {head}", "share": 0.1, "head": head}
+    if which == "kinds":  # what each kind of matrix is worth: its steps finer or coarser, all else the same
+        for kind in KINDS:
+            for times in (0.7, 1.4):
+                yield {"name": f"entropy, {kind} x {times}", "share": 0.1, "kinds": {kind: times}}
 
 
 def perform(bed: Bed, option: Option, ratio: float) -> Option:
@@ -421,7 +432,7 @@ def main() -> None:
     parser.add_argument("--drop", type=float, default=None, help="share of words left out; .25 for intent, .08 for sql")
     parser.add_argument("--text", choices=("task", "wikitext"), default="task", help="what calibrates")
     parser.add_argument("--ratio", type=float, nargs="+", default=[16.0, 32.0, 64.0])
-    parser.add_argument("--set", default="first", dest="which")
+    parser.add_argument("--set", default="entropy", dest="which", help="deltacome, entropy or kinds")
     parser.add_argument("--only", default="")
     parser.add_argument("--apart", action="store_true", help="also linears and embedding alone, and linears x 1.01")
     parser.add_argument("--keep", type=Path, required=True, help="folder for what does not change")

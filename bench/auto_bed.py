@@ -22,7 +22,10 @@ EXACT = 70_272 + 47_300
 
 
 class Bed:
-    """One task. apart: whether candidates' linears and embedding are scored by themselves too. moment: of each kind, (layers, in, in) a token; q, k, v share theirs, as gate and up do."""
+    """One task. moment: of each kind, (layers, in, in) a token; q, k, v share theirs, as gate and up do.
+
+    apart: whether candidates' linears and embedding are scored by themselves too.
+    """
 
     apart = False
 
@@ -69,7 +72,9 @@ class Bed:
             stream = ids(testbed.calibration_text()[: 6 * tokens])
         windows = torch.tensor(stream[: min(len(stream), tokens) // 512 * 512]).view(-1, 512)
         sums: dict[str, Tensor] = {}
-        wanted = {n.removesuffix(".weight") for k in ("q_proj", "o_proj", "gate_proj", "down_proj") for n in self.names[k]}
+        wanted = {
+            n.removesuffix(".weight") for k in ("q_proj", "o_proj", "gate_proj", "down_proj") for n in self.names[k]
+        }
         wanted |= {"lm_head"}
 
         def hook(name: str) -> Any:

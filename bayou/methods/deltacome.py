@@ -22,7 +22,7 @@ with groups of 128, asymmetric ranges, act-order and damping .01. The published 
 import re
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from math import inf
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -142,35 +142,13 @@ def _encode(sites: Sequence[Site], options: Sequence[dict[str, Any]]) -> list[tu
     ranks = [chosen["rank"] for chosen in options]
     codings = [_Coding(*pair, common["bands"], common["group"]) for pair in zip(sites, ranks, strict=True)]
     damping, act_order, refit = common["damping"], common["act_order"], common["refit"]
-    for shared in alike(codings, lambda coding: (id(coding.site.gram), coding.v.shape[1])):
-        round_v(shared, damping, act_order)
+    for alike in _alike(codings, lambda coding: (id(coding.site.gram), coding.v.shape[1])):
+        _round_v(alike, damping, act_order)
     for coding in codings:
         coding.find_hessian(refit, common["ridge"])
-    for shared in alike(codings, lambda coding: coding.u.shape):
-        round_u(shared, damping, act_order)
+    for alike in _alike(codings, lambda coding: coding.u.shape):
+        _round_u(alike, damping, act_order)
     return [(coding.term(refit, common["strength"]),) for coding in codings]
-
-
-class Coding(Protocol):
-    """A site on its way to codes: u (out, rank), v (rank, in), what their elements may be, and what they became."""
-
-    site: Site
-    u: Tensor
-    v: Tensor
-    hessian: Tensor
-    v_codes: Tensor
-    v_hat: Tensor
-    u_codes: Tensor
-    u_hat: Tensor
-
-    def v_levels(self) -> Grid:
-        """What each element of v may be; finds the scales."""
-
-    def u_levels(self) -> Grid:
-        """What each element of u may be; finds the scales."""
-
-
-_Any = TypeVar("_Any", bound=Coding)
 
 
 class _Coding:
@@ -245,15 +223,15 @@ class _Coding:
         return LowRank(tuple(packed), self.gain)
 
 
-def alike(codings: list[_Any], key: Callable[[_Any], Hashable]) -> list[list[_Any]]:
+def _alike(codings: list[_Coding], key: Callable[[_Coding], Hashable]) -> list[list[_Coding]]:
     """The codings in groups of one key."""
-    groups: dict[Hashable, list[_Any]] = {}
+    groups: dict[Hashable, list[_Coding]] = {}
     for coding in codings:
         groups.setdefault(key(coding), []).append(coding)
     return list(groups.values())
 
 
-def round_v(codings: Sequence[Coding], damping: float, act_order: bool) -> None:
+def _round_v(codings: list[_Coding], damping: float, act_order: bool) -> None:
     """Round the v of all, which have the gram in common. Ranks are rows: they never exchange errors, so that one
     sweep rounds all bands of all sites."""
     gram = codings[0].site.gram
@@ -268,7 +246,7 @@ def round_v(codings: Sequence[Coding], damping: float, act_order: bool) -> None:
             coding.v_codes, coding.v_hat = v_codes, v_hat
 
 
-def round_u(codings: Sequence[Coding], damping: float, act_order: bool) -> None:
+def _round_u(codings: list[_Coding], damping: float, act_order: bool) -> None:
     """Round the u of all, which have one shape, each by its own Hessian."""
     with clock.step("factorise"):
         # One by one: a GPU's batched Cholesky is for far smaller matrices than these.
