@@ -3,10 +3,11 @@
     python bench/auto_ablation.py --testbed PATH/testbed.py --models TB --task intent --device cuda --keep FOLDER \
         --ratio 16 32 64 --set entropy --out FILE.jsonl
 
-See auto_bed.py for what is scored. "deltacome" is the package's own method and allocation. Entropy-coded candidates have
-one uniform step for all ranks of a matrix, nothing clipped, and are charged the entropy of their codes (static tables
-of 16 ranks each, 4 bits a symbol for the table), their scales in fp16 and the same exact bytes as all; step sizes are
-found by bisection on every sixth layer, and the bytes that the whole then has are in the line. One JSON line a candidate.
+See auto_bed.py for what is scored. "deltacome" is the package's own method and allocation. Entropy-coded candidates
+have one uniform step for all ranks of a matrix, nothing clipped, and are charged the entropy of their codes (static
+tables of 16 ranks each, 4 bits a symbol for the table), their scales in fp16 and the same exact bytes as all; step
+sizes are found by bisection on every sixth layer, and the bytes that the whole then has are in the line. One JSON line
+a candidate.
 """
 
 import argparse
