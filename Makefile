@@ -36,7 +36,7 @@ constraints/%.txt:
 	@exit 1
 
 test: check
-	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: setup
 	$(BIN) -m ruff check .
@@ -44,7 +44,7 @@ check: setup
 	$(BIN) -m mypy
 
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --dist loadgroup -m "not slow and not torture and not testbed"
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m "not slow and not torture and not testbed"
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m torture

@@ -123,14 +123,12 @@ def test_the_plain_version_is_the_textbook_s(shape: tuple[int, int, int]) -> Non
 
 
 @shapes
-@pytest.mark.xdist_group("interpreted kernels")
 def test_the_triton_version_is_the_textbook_s(shape: tuple[int, int, int], interpreted: dict[str, Tensor]) -> None:
     case = SHAPES.index(shape)
     agree((interpreted[f"{case}.values"], interpreted[f"{case}.errors"]), shape)
 
 
 @shapes
-@pytest.mark.xdist_group("interpreted kernels")
 def test_the_triton_version_is_the_plain_one_in_every_row(
     shape: tuple[int, int, int], interpreted: dict[str, Tensor]
 ) -> None:

@@ -43,7 +43,6 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", steps.small())
-@pytest.mark.xdist_group("interpreted kernels_step")
 def test_the_triton_version_is_the_reference(case: str, interpreted: dict[str, float]) -> None:
     assert interpreted[case] <= limit(case)
 
