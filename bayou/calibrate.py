@@ -21,9 +21,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from bayou import skeleton
 from bayou.errors import BadInput
 from bayou.moments import Grams
-from bayou.skeleton import decoder_layers
+from bayou.skeleton import Place, decoder_layers
 
 _DOCUMENT = 2000  # characters: paragraphs of a text file are joined until a document has that many
 
@@ -160,6 +161,22 @@ def windows(
 def digest(ids: Tensor) -> str:
     """sha256 of token ids, by which windows are told apart."""
     return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
+def fill(
+    model: PreTrainedModel,
+    places: dict[str, Place],
+    read: Callable[..., Tensor],
+    layer: int | None,
+    device: torch.device,
+) -> None:
+    """Read the weights of a decoder layer, or (None) of all outside the layers, in the dtype that calibrates."""
+    path, _ = decoder_layers(model)
+    skip = path if layer is None else None
+    prefix = "" if layer is None else f"{path}.{layer}"
+    # The model's own arithmetic on a GPU: the moments of its activations are no better known than that.
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    skeleton.fill(model, prefix, places, read, dtype=dtype, device=device, skip=skip)
 
 
 def walk(

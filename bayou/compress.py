@@ -42,8 +42,8 @@ from bayou.encoder import Encoder, Progress, stored_delta
 from bayou.entry import pack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
+from bayou.momentfiles import MomentFiles
 from bayou.plan import SiteRecord
-from bayou.shelf import Shelf
 from bayou.version import __version__
 from bayou.workers import Workers
 
@@ -97,7 +97,7 @@ def compress(
     device: str = "cpu",
     base_revision: str | None = None,
     revision: str | None = None,
-    moments: Shelf | None = None,
+    moments: MomentFiles | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """Write the file `out` by which `restore` and `load` make `finetuned` from `base`.
@@ -321,7 +321,7 @@ class _Job:
         journal: Journal,
         windows: Tensor | None,
         activations: Literal["finetuned", "compressed"],
-        moments: Shelf | None,
+        moments: MomentFiles | None,
     ) -> None:
         """Every site goes into the journal; finds their errors."""
         device = self.workers.device(self.device)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import calibrate, clock, inventory, methods, shelf, skeleton
+from bayou import calibrate, clock, inventory, methods, skeleton
 from bayou.ahead import Ahead
 from bayou.checkpoint import Checkpoint
 from bayou.delta import Delta, Term
@@ -25,8 +25,9 @@ from bayou.entry import pack_terms, unpack_terms
 from bayou.inventory import Reads
 from bayou.journal import Journal
 from bayou.methods import Gram, Site
+from bayou.momentfiles import MomentFiles
+from bayou.moments import input_of
 from bayou.plan import SiteRecord
-from bayou.shelf import Shelf
 from bayou.skeleton import Place
 from bayou.workers import Workers
 
@@ -73,7 +74,7 @@ class Encoder:
         journal: Journal,
         windows: Tensor | None,
         activations: Literal["finetuned", "compressed"],
-        moments: Shelf | None = None,
+        moments: MomentFiles | None = None,
     ) -> None:
         """Put every site in the journal that is not there yet; calibrates on `windows`, if there are any.
 
@@ -123,13 +124,13 @@ class Encoder:
         mine: dict[int, list[list[int]]],
         by_layer: dict[int, list[int]],
         turn: Callable[[int], None],
-        moments: Shelf | None,
+        moments: MomentFiles | None,
     ) -> None:
         def fill(layer: int | None) -> None:
             with clock.step("read layers"):
                 if layer is not None:
                     turn(layer)
-                shelf.fill(self.model, self.places, self._new.read, layer, self.device)
+                calibrate.fill(self.model, self.places, self._new.read, layer, self.device)
 
         def visit(layer: int, grams: dict[str, Tensor]) -> None:
             shared: dict[int, Gram] = {}
@@ -235,7 +236,7 @@ class Encoder:
 
     def _gram(self, index: int, grams: dict[str, Gram]) -> Gram | None:
         """The gram of the module whose input the site multiplies."""
-        gram = grams.get(shelf.input_of(self.places.get(self.sites[index].tensor)) or "")
+        gram = grams.get(input_of(self.places.get(self.sites[index].tensor)) or "")
         if gram is not None and len(gram.matrix) != self.sites[index].shape[1]:
             return None  # of the other side: Llama 4's experts are (in, out), and nothing says so
         return gram

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bayou import clock
+from bayou.skeleton import Place
 
 
 class Grams:
@@ -70,6 +71,15 @@ class Grams:
     def end_of_step(self) -> None:
         """Forget the inputs of this step."""
         self._seen.clear()
+
+
+def input_of(place: Place | None) -> str | None:
+    """Path of the module whose input a disk tensor multiplies; None for merged experts' second matrices, which have an
+    input of their own, and for what is in no module."""
+    if place is None:
+        return None
+    module, _, leaf = place.path.rpartition(".")
+    return None if place.role == "expert" and "down" in leaf else module
 
 
 def _takes_vectors(module: nn.Module) -> bool:

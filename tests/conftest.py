@@ -7,6 +7,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,24 @@ def testbed() -> Path:
                     (Path(fresh) / name).rename(Path(fresh) / "done" / name)
                 (Path(fresh) / "done").rename(models)  # one step: half-built models are never seen
     return models
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    """A pico base and the delta files of its tenants, by name: see tenants.py."""
+    import tenants
+
+    return tenants.make(tmp_path_factory.mktemp("tenants"))
+
+
+@pytest.fixture(scope="module")
+def references(made: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The restored models of `made`, and its base, in fp32."""
+    import tenants
+
+    base, files = made
+    root = tmp_path_factory.mktemp("restored")
+    return {name: tenants.alone(base, file, root / name) for name, file in [("base", None), *files.items()]}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

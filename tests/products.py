@@ -1,13 +1,12 @@
 """Cases for the packed products: run by tests/test_kernels_product.py in Triton's interpreter, and on a GPU."""
 
-import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
+from interpreter import write_errors
 from torch import Tensor
 
 from bayou.delta import Delta, Dense, LowRank, Term
@@ -269,17 +268,5 @@ def large() -> dict[str, Case]:
     return cases
 
 
-def main() -> None:
-    """Write the error of each small case, run on the CPU by the interpreter, as JSON."""
-    errors = {}
-    for name, case in small().items():
-        try:
-            errors[name] = case("cpu")
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-    with open(sys.argv[1], "w") as file:
-        json.dump(errors, file)
-
-
 if __name__ == "__main__":
-    main()
+    write_errors(small())

@@ -1,10 +1,9 @@
 """Cases for the kernels of a decode step: run by tests/test_kernels_step.py in Triton's interpreter, and on a GPU."""
 
-import json
-import sys
 from collections.abc import Callable, Sequence
 
 import torch
+from interpreter import write_errors
 from products import bands, dense, lowrank
 from torch import Tensor
 
@@ -162,17 +161,5 @@ def large() -> dict[str, Case]:
     return cases
 
 
-def main() -> None:
-    """Write the error of each small case, run on the CPU by the interpreter, as JSON."""
-    errors = {}
-    for name, case in small().items():
-        try:
-            errors[name] = case("cpu")
-        except Exception as error:
-            errors[name] = f"{type(error).__name__}: {error}"
-    with open(sys.argv[1], "w") as file:
-        json.dump(errors, file)
-
-
 if __name__ == "__main__":
-    main()
+    write_errors(small())

@@ -18,7 +18,7 @@ from bayou.comparison.bound import decibels
 from bayou.comparison.rows import compare
 from bayou.errors import BadInput, TooSmall
 from bayou.evaluate import read_model
-from bayou.shelf import Shelf
+from bayou.momentfiles import MomentFiles
 
 __all__ = ["done", "models"]  # fixtures
 
@@ -311,33 +311,33 @@ def test_a_row_that_was_refused_is_tried_again(models: Path, tmp_path: Path, mon
     assert row_of(second, "lowrank") == row_of(first, "lowrank")
 
 
-def test_a_shelf_gives_what_the_walk_found(models: Path, tmp_path: Path) -> None:
+def test_moment_files_give_what_the_walk_found(models: Path, tmp_path: Path) -> None:
     tuned = rows.Checkpoint(models / "tuned")
     model = rows.skeleton.build(tuned.folder)
     places = rows.skeleton.places(model, tuned.names())
     ids = torch.arange(5, 101).reshape(3, 32)
-    shelf = Shelf(tmp_path / "shelf", ids)
+    kept = MomentFiles(tmp_path / "moments", ids)
     with pytest.raises(BadInput, match="make them first"):
-        shelf.check(ids)
-    shelf.make(tuned, model, places, "cpu")
-    shelf.check(ids)
+        kept.check(ids)
+    kept.make(tuned, model, places, "cpu")
+    kept.check(ids)
     with pytest.raises(BadInput, match="of the same text"):
-        shelf.check(ids + 1)
-    assert not Shelf(tmp_path / "shelf", ids + 1).complete
-    assert shelf.layers() == [0, 1, 2] and shelf.where()["lm_head"] == 2
+        kept.check(ids + 1)
+    assert not MomentFiles(tmp_path / "moments", ids + 1).complete
+    assert kept.layers() == [0, 1, 2] and kept.where()["lm_head"] == 2
     whole, seen = read_model(models / "tuned"), {}
     for name, module in whole.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_pre_hook(lambda _m, a, name=name: seen.update({name: a[0].flatten(0, 1)}))
     with torch.no_grad():
         whole(ids)
-    found = {name: gram for layer in shelf.layers() for name, gram in shelf.get(layer).items()}
+    found = {name: gram for layer in kept.layers() for name, gram in kept.get(layer).items()}
     assert set(found) == set(seen)
     for name, x in seen.items():
         torch.testing.assert_close(found[name], x.T @ x, rtol=1e-4, atol=1e-3)
-    one = shelf.get(0)
+    one = kept.get(0)
     assert one["model.layers.0.self_attn.q_proj"] is one["model.layers.0.self_attn.v_proj"]
     assert one["model.layers.0.self_attn.q_proj"] is not one["model.layers.0.mlp.up_proj"]
     with pytest.raises(BadInput, match="go without moments"):
-        how = {"calibration": ids, "moments": shelf, "activations": "compressed"}
+        how = {"calibration": ids, "moments": kept, "activations": "compressed"}
         bayou.compress(models / "base", models / "tuned", tmp_path / "a", ratio=4, **how)

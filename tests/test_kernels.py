@@ -4,15 +4,12 @@ Triton's interpreter runs the kernel on the CPU, in a process of its own: the va
 before Triton is imported. With a CUDA device the compiled kernel is compared as well.
 """
 
-import importlib.util
-import os
-import subprocess
 import sys
 import warnings
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -98,19 +95,11 @@ def agree(found: tuple[Tensor, Tensor], shape: tuple[int, int, int]) -> None:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
     """What the Triton kernel gives for each of SHAPES, interpreted."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed (it has no build for this system)")
-    if torch.cuda.is_available():
-        pytest.skip("the compiled kernels are tested here; what interprets them is another NumPy than Triton's")
     folder = tmp_path_factory.mktemp("interpreted")
     names = ("w", "inverse", "scale", "zero", "top")
     given = {f"{i}.{n}": t for i, shape in enumerate(SHAPES) for n, t in zip(names, inputs(shape), strict=True)}
     save_file({name: tensor.contiguous() for name, tensor in given.items()}, folder / "given")
-    checkout = str(Path(kernels.__file__).parents[2])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": checkout}
-    command = [sys.executable, "-W", "error", "-c", INTERPRETED, str(folder / "given"), str(folder / "found")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    interpreter.run("-W", "error", "-c", INTERPRETED, folder / "given", folder / "found")
     return load_file(folder / "found")
 
 

@@ -1,17 +1,12 @@
 """The packed products of kernels/ against the fp32 reference: in Triton's interpreter, and compiled where a GPU is."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreter
 import products
 import pytest
 import torch
 
-from bayou import kernels
 from bayou.delta import Delta
 from bayou.errors import BadInput
 from bayou.kernels import packed_product, tuning
@@ -26,19 +21,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devic
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The error of each small case, interpreted."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed (it has no build for this system)")
-    if torch.cuda.is_available():
-        pytest.skip("the compiled kernels are tested here; what interprets them is another NumPy than Triton's")
-    found = tmp_path_factory.mktemp("interpreted") / "errors.json"
-    checkout = Path(kernels.__file__).parents[2]
-    paths = os.pathsep.join(str(path) for path in (checkout, checkout / "tests"))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "error", str(Path(products.__file__)), str(found)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    errors: dict[str, float] = json.loads(found.read_text())
-    return errors
+    return interpreter.errors(products.__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @pytest.mark.slow

@@ -1,18 +1,15 @@
 """The kernels of a decode step against their plain references: interpreted, and compiled for an H100."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import interpreted_engine
+import interpreter
 import pytest
 import steps
 import torch
 from torch import nn
 
-from bayou import kernels
 from bayou.kernels import rotary, row_norm
 
 LIMITS = {"bfloat16": 1e-2, "float16": 2e-3}
@@ -28,17 +25,7 @@ def limit(case: str) -> float:
 @pytest.fixture(scope="module")
 def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The error of each small case, interpreted."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed (it has no build for this system)")
-    found = tmp_path_factory.mktemp("interpreted") / "errors.json"
-    checkout = Path(kernels.__file__).parents[2]
-    paths = os.pathsep.join(str(path) for path in (checkout, checkout / "tests"))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    command = [sys.executable, "-W", "error", str(Path(steps.__file__)), str(found)]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
-    errors: dict[str, float] = json.loads(found.read_text())
-    return errors
+    return interpreter.errors(steps.__file__, tmp_path_factory.mktemp("interpreted"))
 
 
 @pytest.mark.slow
@@ -56,15 +43,7 @@ def test_the_compiled_kernels_are_the_reference(case: str) -> None:
 
 @pytest.mark.slow
 def test_the_engine_gives_every_kernel_what_it_takes(tmp_path: Path) -> None:
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed (it has no build for this system)")
-    checkout = Path(kernels.__file__).parents[2]
-    paths = os.pathsep.join(str(path) for path in (checkout, checkout / "tests"))
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
-    script = str(checkout / "tests" / "interpreted.py")
-    command = [sys.executable, script, str(tmp_path / "models"), str(tmp_path / "out.json")]
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    interpreter.run(interpreted_engine.__file__, tmp_path / "models", tmp_path / "out.json")
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["fixed"] and found["equal"] == found["asked"] == 4
     assert set(found["ran"]) == {"packed_product", "row_norm", "rotary", "decode_attention", "row_lookup"}

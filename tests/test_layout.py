@@ -46,7 +46,7 @@ ORDER = (
         "inventory",
         "restore",
     ),
-    *("restore", "moments", "calibrate", "shelf", "attached", "borrowed", "attach", "distill", "preflight"),
+    *("restore", "moments", "calibrate", "momentfiles", "attached", "borrowed", "attach", "distill", "preflight"),
     *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )

@@ -22,18 +22,6 @@ GREEDY = Sampling(max_tokens=12, ignore_eos=True)
 CLOSE = 1e-3
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
-
-
-@pytest.fixture(scope="module")
-def references(made: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
-    base, files = made
-    root = tmp_path_factory.mktemp("restored")
-    return {name: alone(base, file, root / name) for name, file in [("base", None), *files.items()]}
-
-
 @pytest.fixture
 def engine(made: tuple) -> Iterator[Engine]:
     base, files = made

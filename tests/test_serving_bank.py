@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tenants
 import torch
 from dense import dense_file
 from pico import perturb, pico
@@ -23,11 +22,6 @@ from bayou.serving.sampling import Sampling
 from bayou.serving.voice import Speech, Voice
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 @pytest.fixture(scope="module")

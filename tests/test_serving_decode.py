@@ -9,7 +9,6 @@ import pytest
 import tenants
 import torch
 from tenants import Asked, alone, greedy, prompts
-from transformers import PreTrainedModel
 
 from bayou.kernels import packed_product
 from bayou.serving import decode, tables
@@ -21,18 +20,6 @@ from bayou.serving.tables import segments
 
 GREEDY = Sampling(max_tokens=12, ignore_eos=True)
 FITTING = tuple(name for name in tenants.NAMES if name != "grown")
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
-
-
-@pytest.fixture(scope="module")
-def references(made: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedModel]:
-    base, files = made
-    root = tmp_path_factory.mktemp("restored")
-    return {name: alone(base, file, root / name) for name, file in [("base", None), *files.items()]}
 
 
 @pytest.fixture

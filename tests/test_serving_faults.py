@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import tenants
 import torch
 from pico import perturb
 from tamper import header_of
@@ -19,11 +18,6 @@ from bayou.serving.refusals import Refused
 from bayou.serving.sampling import Row, Sampling, choose
 
 GREEDY = Sampling(max_tokens=8, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 @pytest.fixture

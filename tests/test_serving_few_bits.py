@@ -21,11 +21,6 @@ from bayou.serving.sampling import Sampling
 GREEDY = Sampling(max_tokens=10, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
-
-
 def rounded(base: Path, file: Path | None) -> PreTrainedModel:
     """The base with each of its layers' linears as the 4 bits say, and a delta attached."""
     model = alone(base, None, base)

@@ -15,18 +15,12 @@ from typing import Any
 
 import httpx2
 import pytest
-import tenants
 from browser import Browser
 from running import Running, quiet
 
 from bayou.serving.engine import Settings
 
 CHECKOUT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,11 @@ from pathlib import Path
 
 import httpx2
 import pytest
-import tenants
 from running import GREEDY
 
 from bayou.cli import main
 from bayou.errors import BadInput
 from bayou.serving import command
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 class Process:

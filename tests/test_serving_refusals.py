@@ -15,7 +15,6 @@ from urllib.parse import quote
 import httpx2
 import pytest
 import schemathesis
-import tenants
 from dense import dense_file
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -25,11 +24,6 @@ from tenants import alone, greedy, prompts
 from transformers import PreTrainedModel
 
 from bayou.serving.engine import Settings
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 @pytest.fixture(scope="module")

@@ -3,23 +3,16 @@
 import shutil
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
-import tenants
 from running import GREEDY, Running, text_of
 from tenants import alone, greedy
 from transformers import PreTrainedModel
 
 from bayou.serving.engine import Settings
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
-    return tenants.make(tmp_path_factory.mktemp("tenants"))
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,8 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import torch
 from bayou.benchmarks import record, stand_in
 from bayou.benchmarks.kernels import BANDWIDTH
 from bayou.benchmarks.pair import SHAPES, Shape
+from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput
 from bayou.serving.engine import Engine, Piece, Settings
 from bayou.serving.sampling import Sampling
@@ -139,23 +141,22 @@ def decode(shape_name: str, size: Size, device: str, folder: Path, say: Callable
     bytes_of_file = stand_in.delta_file(folder / "one.bayou", base, RATIO)
     say(f"a delta of {bytes_of_file:,} bytes is written")
     most = max(*size.tenants, *size.memory, size.many)
-    settings = Settings(
-        memory=10**12,
-        tenants=most,
-        batch=size.batch,
-        length=size.length,
-        piece=size.piece,
-        queue=4 * size.batch,
-        dtype=torch.bfloat16 if _gpu(device) else torch.float32,
-        device=device,
-        kernels=True,
-    )
-    engine = Engine(base.folder, "base", settings)
+    wishes = {"tenants": most, "batch": size.batch, "length": size.length, "piece": size.piece}
+    with opened(base, device, queue=4 * size.batch, **wishes) as engine:
+        say("the base is in memory")
+        return _decode(shape_name, size, engine, folder / "one.bayou", device, say) | {"file_bytes": bytes_of_file}
+
+
+@contextmanager
+def opened(base: Checkpoint, device: str, **settings: Any) -> Iterator[Engine]:
+    """An engine with kernels over a made-up base with random numbers in it, in the dtype that the device serves in."""
+    dtype = torch.bfloat16 if _gpu(device) else torch.float32
+    whole = Settings(memory=10**12, dtype=dtype, device=device, kernels=True, **settings)
+    engine = Engine(base.folder, "base", whole)
     try:
         stand_in.randomise(engine.model.base)
         record.finish(device)
-        say("the base is in memory")
-        return _decode(shape_name, size, engine, folder / "one.bayou", device, say) | {"file_bytes": bytes_of_file}
+        yield engine
     finally:
         engine.close()
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from bayou.benchmarks import record, stand_in
+from bayou.benchmarks import stand_in
 from bayou.benchmarks.pair import SHAPES
-from bayou.benchmarks.serve import RATIO, Listener, ask
-from bayou.serving.engine import Engine, Settings
+from bayou.benchmarks.serve import RATIO, Listener, ask, opened
+from bayou.serving.engine import Engine
 from bayou.serving.sampling import Sampling
 from bayou.serving.tenant import Tenant
 
@@ -57,27 +55,13 @@ TINY = Load(
 def measure(shape_name: str, load: Load, device: str, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """Files, engine, waiting times, stalls."""
     shape = SHAPES[shape_name]
-    gpu = torch.device(device).type == "cuda"
     base = stand_in.base(folder / "base", shape)
     stand_in.tokenizer(base.folder, shape.vocabulary)
     made = [folder / f"{i}.bayou" for i in range(load.files)]
     size = [stand_in.delta_file(path, base, RATIO, seed) for seed, path in enumerate(made)][0]
     say(f"{load.files} deltas of {size:,} bytes are written")
-    settings = Settings(
-        memory=10**12,
-        host_memory=load.kept * size,
-        tenants=load.resident,
-        batch=load.batch,
-        length=load.length,
-        queue=100_000,
-        dtype=torch.bfloat16 if gpu else torch.float32,
-        device=device,
-        kernels=True,
-    )
-    engine = Engine(base.folder, "base", settings)
-    try:
-        stand_in.randomise(engine.model.base)
-        record.finish(device)
+    wishes = {"tenants": load.resident, "batch": load.batch, "length": load.length, "queue": 100_000}
+    with opened(base, device, host_memory=load.kept * size, **wishes) as engine:
         tenants = [engine.bank.register(f"t{i}", made[i % len(made)]) for i in range(load.tenants)]
         say(f"{len(tenants)} tenants are known")
         _warm(engine, tenants[: load.resident], load, shape.vocabulary)
@@ -88,8 +72,6 @@ def measure(shape_name: str, load: Load, device: str, folder: Path, say: Callabl
         found["stalls"] = _stalls(engine, tenants, load, shape.vocabulary)
         say("longest stall {longest_ms:.0f} ms while {loads} tenants loaded".format(**found["stalls"]))
         return found
-    finally:
-        engine.close()
 
 
 def _warm(engine: Engine, tenants: Sequence[Tenant], load: Load, vocabulary: int) -> None:

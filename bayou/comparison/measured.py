@@ -19,8 +19,9 @@ from bayou.decompose import Matrix
 from bayou.delta import ROWS
 from bayou.deltafile import DeltaFile
 from bayou.inventory import delta_matrix
+from bayou.momentfiles import MomentFiles
+from bayou.moments import input_of
 from bayou.plan import SiteRecord
-from bayou.shelf import Shelf, input_of
 from bayou.skeleton import Place
 
 Progress = Callable[[int, int], None]
@@ -33,7 +34,7 @@ class Models:
     base: Checkpoint
     tuned: Checkpoint
     places: dict[str, Place]
-    moments: Shelf | None
+    moments: MomentFiles | None
     device: str
 
     def inputs(self, sites: Iterable[SiteRecord]) -> Iterator[tuple[SiteRecord, Tensor | None]]:

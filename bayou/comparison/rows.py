@@ -1,6 +1,6 @@
 """Compress by every method to every size, score each file on held-out text, and write what came of it.
 
-What runs have in common is done once: the fine-tune's activations (second moments, shelf.Shelf), its logits on the
+What runs have in common is done once: the fine-tune's activations (second moments, momentfiles.py), its logits on the
 held-out text (evaluate.Remembered), the spectra, and on a CPU most eigendecompositions. All that is done is in DIR, so
 that a stopped comparison goes on where it was, and a later one with other methods or sizes adds its rows:
 
@@ -34,7 +34,7 @@ from bayou.deltafile import DeltaFile
 from bayou.errors import BadInput, BayouError, TooSmall, Unsupported
 from bayou.evaluate import Remembered, check_rows, evaluate, read_model, read_rows
 from bayou.load import load
-from bayou.shelf import Shelf
+from bayou.momentfiles import MomentFiles
 from bayou.version import __version__
 
 Progress = Callable[[str, int, int], None]
@@ -250,14 +250,14 @@ class _Comparison:
         if not todo:
             return
         self._make(self.work)
-        shelf = self._moments()
-        models = measured.Models(self.base, self.tuned, self.places, shelf, self.device)
+        kept = self._moments()
+        models = measured.Models(self.base, self.tuned, self.places, kept, self.device)
         room = min(_LOGITS, shutil.disk_usage(self.work).free // 2)
         fine_tune = lambda: read_model(self.tuned.folder, self.device)  # noqa: E731
         reference = Remembered(self.skeleton.config, fine_tune, self.work / "logits", self.device, room)
         for done, row in enumerate(todo):
             self.progress("files", done, len(todo))
-            file = self._compressed(row, shelf)
+            file = self._compressed(row, kept)
             if file is not None and bound and "lost" not in row:
                 self._measure(row, file, models)
             if file is not None and "kl" not in row:
@@ -265,18 +265,18 @@ class _Comparison:
             self._save()
         self.progress("files", len(todo), len(todo))
 
-    def _moments(self) -> Shelf | None:
+    def _moments(self) -> MomentFiles | None:
         if self.windows is None:
             return None
-        shelf, started = Shelf(self.work / "moments", self.windows), time.perf_counter()
-        if not shelf.complete:
+        kept, started = MomentFiles(self.work / "moments", self.windows), time.perf_counter()
+        if not kept.complete:
             show = lambda done, total: self.progress("calibration", done, total)  # noqa: E731
-            shelf.make(self.tuned, self.skeleton, self.places, self.device, show)
+            kept.make(self.tuned, self.skeleton, self.places, self.device, show)
             self.state["shared"]["calibration"] = time.perf_counter() - started
             self._save()
-        return shelf
+        return kept
 
-    def _compressed(self, row: dict[str, Any], shelf: Shelf | None) -> DeltaFile | None:
+    def _compressed(self, row: dict[str, Any], kept: MomentFiles | None) -> DeltaFile | None:
         """The row's file, made where it is not there; None where it cannot be."""
         path = self.out / f"{row['method']}-{row['asked']:.12g}.bayou"
         if row.get("root") and path.is_file() and (file := DeltaFile(path)).root == row["root"]:
@@ -294,7 +294,7 @@ class _Comparison:
                 distill_steps=self.settings["distill_steps"],
                 seed=self.settings["seed"],
                 device=self.device,
-                moments=shelf,
+                moments=kept,
                 progress=lambda step, done, total: self.progress(f"{name} {step}", done, total),
             )
         except (TooSmall, Unsupported, BadInput) as error:

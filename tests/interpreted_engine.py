@@ -1,6 +1,6 @@
 """The engine with every kernel in Triton's interpreter: what it gives them (strides, lines, gaps) is what they take.
 
-    TRITON_INTERPRET=1 python tests/interpreted.py FOLDER OUT.json
+    TRITON_INTERPRET=1 python tests/interpreted_engine.py FOLDER OUT.json
 
 writes how many answers of a mixed batch are those of the restored models, and which kernels ran.
 """

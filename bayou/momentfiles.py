@@ -21,32 +21,7 @@ from bayou.inventory import Reads
 from bayou.skeleton import Place
 
 
-def fill(
-    model: PreTrainedModel,
-    places: dict[str, Place],
-    read: Callable[..., Tensor],
-    layer: int | None,
-    device: torch.device,
-) -> None:
-    """Read the weights of a decoder layer, or (None) of all outside the layers, in the dtype that calibrates."""
-    path, _ = skeleton.decoder_layers(model)
-    skip = path if layer is None else None
-    prefix = "" if layer is None else f"{path}.{layer}"
-    # The model's own arithmetic on a GPU: the moments of its activations are no better known than that.
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    skeleton.fill(model, prefix, places, read, dtype=dtype, device=device, skip=skip)
-
-
-def input_of(place: Place | None) -> str | None:
-    """Path of the module whose input a disk tensor multiplies; None for merged experts' second matrices, which have an
-    input of their own, and for what is in no module."""
-    if place is None:
-        return None
-    module, _, leaf = place.path.rpartition(".")
-    return None if place.role == "expert" and "down" in leaf else module
-
-
-class Shelf:
+class MomentFiles:
     """The moments of one model's inputs over `windows`, in `folder`; `make` finds them, once."""
 
     def __init__(self, folder: Path, windows: Tensor) -> None:
@@ -81,7 +56,7 @@ class Shelf:
         calibrate.walk(
             model,
             self.windows,
-            fill=lambda layer: fill(model, places, tuned.read, layer, place),
+            fill=lambda layer: calibrate.fill(model, places, tuned.read, layer, place),
             empty=lambda layer: skeleton.empty(layers[layer]),
             visit=self._put,
             device=place,
