@@ -104,7 +104,7 @@ def product(
     most = max(count for _, count in segments)
     found = [torch.randn(rows, size, generator=g).to(device, out) for size, _ in shapes]
     wanted, before = [y.to(torch.float32, copy=True) for y in found], [y.clone() for y in found]
-    scratch = table.scratch(rows).fill_(float("nan"))
+    scratch = table.scratch(rows).fill_(255)  # NaN in all its types
     for stage in table.stages:
         packed_product.launch(stage, table, x, offsets, slots, found, most=most, scratch=scratch, chosen=tiles)
     packed_product.reference(table, x, offsets, slots, wanted, most=most, scratch=scratch)

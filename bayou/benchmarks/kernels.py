@@ -4,10 +4,12 @@ Deltas are those of a Llama-2-7B layer at ratio 16 (terms.py). Whatever is timed
 reference. Times are those of CUDA graphs, over deltas enough that no cache holds them.
 """
 
+import contextlib
 import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +119,7 @@ def timed(runs: Sequence[Callable[[], Any]], repeats: int = 10) -> float:
 def tuned(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Measure the tiles for groups of one shape, and keep the best; all that was measured."""
     first = groups[0]
-    stages = {"shrink": ["shrink"], "rest": [stage for stage in first.table.stages if stage != "shrink"]}
+    stages = {"shrink": ["shrink"], "rest": [stage for stage in first.table.stages if stage in ("expand", "dense")]}
 
     def measure(which: str, chosen: tuning.Pair) -> float:
         if which == "shrink" and "shrink" not in first.table.stages:
@@ -129,6 +131,16 @@ def tuned(groups: Sequence[Group]) -> list[dict[str, Any]]:
             failed.append({"launch": which, "tiles": str(chosen), "failed": f"{type(error).__name__}: {error}"[:300]})
             return math.inf
 
+    def compiled(which: str, chosen: tuning.Pair) -> None:
+        for stage in stages[which]:
+            with contextlib.suppress(Exception), torch.inference_mode():
+                first.launch(stage, chosen)
+
+    # Compiling is most of the time, and threads share it; what fails here fails again below, and is told of there.
+    with ThreadPoolExecutor(12) as pool:
+        pairs = [("shrink", (c, tuning.REST[0])) for c in tuning.SHRINK]
+        pairs += [("rest", (tuning.Choice(split=split), c)) for c in tuning.REST for split in (1, 4, 8)]
+        list(pool.map(lambda each: compiled(*each), pairs))
     failed: list[dict[str, Any]] = []
     _, tried = tuning.tune(first.table.key, first.tenants, 1, measure)
     kept = [{"launch": which, "tiles": str(c), "us": t * 1e6} for which, c, t in tried if t < math.inf]
@@ -150,14 +162,11 @@ def decode(tenants: int, layer: Sequence[Sequence[Shape]], terms: Terms, tune: b
         for stage in same[0].table.stages:
             time = timed([lambda g=g, s=stage: g.launch(s) for g in same]) / len(same)  # type: ignore[misc]
             matrices = [t for terms in same[0].deltas for (t,) in terms]
+            entry[stage] = {"us": time * 1e6, "programs": same[0].launch(stage)}
+            if stage in ("inputs", "ranks"):
+                continue
             half = sum(f.nbytes for t in matrices for f in list(t.factors())[stage == "shrink" :: 2])
-            entry[stage] = {
-                "us": time * 1e6,
-                "bytes": half,
-                "GB/s": half / time / 1e9,
-                "programs": same[0].launch(stage),
-                "tiles": str(pair[stage != "shrink"]),
-            }
+            entry[stage] |= {"bytes": half, "GB/s": half / time / 1e9, "tiles": str(pair[stage != "shrink"])}
         found["launches"].append(entry)
     floor = found["bytes"] / BANDWIDTH
     time = timed([g.run for part in layers for g in part]) / len(layers)
@@ -284,10 +293,11 @@ def tables(found: dict[str, Any]) -> list[Printed]:
     for name, row in [(str(row["tenants"]), row) for row in found["decode"]] + bits:
         for entry in row["launches"]:
             shapes = f"{len(entry['shapes'])} x {entry['shapes'][0][0]}x{entry['shapes'][0][1]}"
-            for stage in ("shrink", "expand", "dense"):
+            for stage in ("inputs", "shrink", "ranks", "expand", "dense"):
                 if stage in entry:
                     one = entry[stage]
-                    numbers = f"{one['us']:.1f}", f"{one['GB/s']:.0f}", str(one["programs"]), one["tiles"][7:-1]
+                    speed = f"{one['GB/s']:.0f}" if "GB/s" in one else ""
+                    numbers = f"{one['us']:.1f}", speed, str(one["programs"]), one.get("tiles", "")[7:-1]
                     launches.add_row(name, shapes, stage, *numbers)
     after = Printed(title="Prefill, one tenant")
     for column in ("rows", "base + delta", "base", "over base", "error"):

@@ -12,7 +12,6 @@ import triton.language as tl
 @triton.jit
 def entries(rec, row, column, there):
     """(rows, columns) fp32 of the matrix that `rec` names, 0 where `there` is not. row (M,), column (K,) int32."""
-    bits = tl.load(rec + 9).to(tl.int32)
     group = tl.load(rec + 10).to(tl.int32)
     groups = tl.load(rec + 11).to(tl.int32)
     cols = tl.load(rec + 8).to(tl.int32)
@@ -31,29 +30,19 @@ def entries(rec, row, column, there):
         member = tl.where(run != 0, column // 128, 0)
         own = tl.where(run != 0, column % 128, column)
         wide = tl.where(run != 0, 128, cols)
-        code = tl.zeros_like(at).to(tl.int32)
         index = row[:, None] * groups + (own // group)[None, :]
+        log = 6 - tl.load(rec + 20).to(tl.int32)
+        width = 32 >> log
+        low, last = (1 << width) - 1, (1 << log) - 1
+        words = tl.load(rec).to(tl.pointer_type(tl.int32)) + (member * (run // 2))[None, :]
+        stride = (wide * width + 31) // 32
+        word = tl.load(words + row.to(tl.int64)[:, None] * stride + (own >> log)[None, :], mask=there, other=0)
+        code = (word >> ((own & last) * width)[None, :]) & low
         zero_at = tl.load(rec + 4)
-        twice = tl.zeros_like(code)
-        shift = 0
-        for p in tl.static_range(3):
-            log = 6 - tl.load(rec + 20 + p).to(tl.int32)
-            if log < 6:
-                width = 32 >> log
-                low = (1 << width) - 1
-                words = tl.load(rec + p).to(tl.pointer_type(tl.int32)) + (member * (run // 2))[None, :]
-                stride = (wide * width + 31) // 32
-                word = tl.load(words + row.to(tl.int64)[:, None] * stride + (own >> log)[None, :], mask=there, other=0)
-                code |= ((word >> ((own & ((1 << log) - 1)) * width)[None, :]) & low) << shift
-                if zero_at != 0:
-                    zeros = tl.load(rec + 4 + p).to(tl.pointer_type(tl.int32))
-                    place = index + tl.load(rec + 16).to(tl.int32)
-                    zeros += (member * tl.load(rec + 31))[None, :]
-                    word = tl.load(zeros + (place >> log), mask=there, other=0)
-                    twice |= ((word >> ((place & ((1 << log) - 1)) * width)) & low) << (shift + 1)
-                shift += width
-        if zero_at == 0:
-            twice += (1 << bits) - 1
+        spot = index + tl.load(rec + 16).to(tl.int32)
+        zeros = zero_at.to(tl.pointer_type(tl.int32)) + (member * tl.load(rec + 31))[None, :]
+        word = tl.load(zeros + (spot >> log), mask=there & (zero_at != 0), other=0)
+        twice = tl.where(zero_at != 0, ((word >> ((spot & last) * width)) & low) * 2, low)
         value = code.to(tl.float32) - 0.5 * twice.to(tl.float32)
         scale_at = tl.load(rec + 3)
         if scale_at != 0:
@@ -73,18 +62,59 @@ def entries(rec, row, column, there):
 
 
 @triton.jit
+def tile(rec, row, start, there, K: tl.constexpr):
+    """As entries, of K columns from `start` on that share their scales."""
+    group = tl.load(rec + 10).to(tl.int32)
+    groups = tl.load(rec + 11).to(tl.int32)
+    wide = tl.load(rec + 8).to(tl.int32)
+    words = tl.load(rec).to(tl.pointer_type(tl.int32))
+    scale_at, zero_at = tl.load(rec + 3), tl.load(rec + 4)
+    scales = scale_at.to(tl.pointer_type(tl.float16))
+    zeros = zero_at.to(tl.pointer_type(tl.int32))
+    own = start
+    run = tl.load(rec + 29)
+    if run != 0:
+        member = start // 128
+        words += member * (run // 2)
+        scales += member * tl.load(rec + 30)
+        zeros += member * tl.load(rec + 31)
+        own, wide, group = 0, 128, 128
+    log = 6 - tl.load(rec + 20).to(tl.int32)
+    width = 32 >> log
+    low, last = (1 << width) - 1, (1 << log) - 1
+    column = own + tl.arange(0, K)
+    word = tl.load(words + (row * ((wide * width + 31) // 32))[:, None] + (column >> log)[None, :], mask=there, other=0)
+    code = (word >> ((column & last) * width)[None, :]) & low
+    index = row * groups + own // group
+    spot = index + tl.load(rec + 16).to(tl.int32)
+    inside = row < tl.load(rec + 7).to(tl.int32)
+    word = tl.load(zeros + (spot >> log), mask=inside & (zero_at != 0), other=0)
+    twice = tl.where(zero_at != 0, ((word >> ((spot & last) * width)) & low) * 2, low)
+    s = tl.load(scales + index, mask=inside & (scale_at != 0), other=1.0).to(tl.float32)
+    s *= tl.load((rec + 17).to(tl.pointer_type(tl.float32)))
+    scale_out = tl.load(rec + 18)
+    if scale_out != 0:
+        s *= tl.load(scale_out.to(tl.pointer_type(tl.float16)) + row, mask=inside, other=0.0).to(tl.float32)
+    return (code * 2 - twice[:, None]).to(tl.float32) * (0.5 * s)[:, None]
+
+
+@triton.jit
 def whole(table, out, line, UP: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
     """Tiles of the matrix of record program_id(2), at its place in `out`."""
     rec = table + tl.program_id(2) * FIELDS
     row = tl.program_id(1) * M + tl.arange(0, M)
-    column = tl.program_id(0) * K + tl.arange(0, K)
-    there = (row < tl.load(rec + 7).to(tl.int32))[:, None] & (column < tl.load(rec + 8).to(tl.int32))[None, :]
-    value = entries(rec, row, column, there)
-    if UP:
-        column += tl.load(rec + 13).to(tl.int32)
-    else:
-        row += tl.load(rec + 14).to(tl.int32)
-    tl.store(out + row.to(tl.int64)[:, None] * line + column[None, :], value.to(out.dtype.element_ty), mask=there)
+    start = tl.program_id(0) * K
+    column = start + tl.arange(0, K)
+    rows, cols = tl.load(rec + 7).to(tl.int32), tl.load(rec + 8).to(tl.int32)
+    if (tl.program_id(1) * M < rows) & (start < cols):
+        there = (row < rows)[:, None] & (column < cols)[None, :]
+        value = tile(rec, row, start, there, K) if tl.load(rec + 21) != 0 else entries(rec, row, column, there)
+        place = tl.load(rec + 22).to(tl.int32)
+        if UP:
+            column += place
+        else:
+            row += place
+        tl.store(out + row.to(tl.int64)[:, None] * line + column[None, :], value.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit

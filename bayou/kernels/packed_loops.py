@@ -1,7 +1,8 @@
 """The Triton version of packed_product.py, which has the formula; imported where Triton is there only.
 
-A program computes M rows (ranks of V, or outputs) for ROWS rows of one segment. It goes through the records (table.py)
-that add to these; a record's loop is chosen by its format, and VARIANTS says which loops are compiled at all.
+A program of `product` computes M rows (ranks of V, or outputs) for ROWS rows of one segment. It goes through the
+records (table.py) that add to these; a record's loop is chosen by its format, and LOOPS says which are compiled at all.
+`spread` writes what `stream`, the loop that matters, multiplies: x in the order in which codes lie in words.
 """
 
 # ruff: noqa: SIM102, SIM108 (an `if` of constants decides what is compiled)
@@ -12,163 +13,183 @@ import triton.language as tl
 
 
 @triton.jit
-def zeros(rec, index, there):
-    """Twice the zero point of each index, fp32."""
-    z = tl.zeros_like(index)
-    if tl.load(rec + 4) == 0:
-        z += (1 << tl.load(rec + 9).to(tl.int32)) - 1
-    else:
-        shift = 1
-        for p in tl.static_range(3):
-            log = 6 - tl.load(rec + 20 + p).to(tl.int32)  # a word holds 2^log codes
-            if log < 6:
-                width = 32 >> log
-                words = tl.load(rec + 4 + p).to(tl.pointer_type(tl.int32))
-                word = tl.load(words + (index >> log), mask=there, other=0)
-                z |= ((word >> ((index & ((1 << log) - 1)) * width)) & ((1 << width) - 1)) << shift
-                shift += width
-    return z.to(tl.float32)
+def spread(
+    src, src_stride, slice_stride, cols, wide, o1, o2, o4, o8,
+    WIDTHS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Write C columns of a row of x, the sum of SLICES, into the panel of each width in WIDTHS.
+
+    A panel's line (a row's part, PARTS of them a row) has, for each chunk of 128 columns (256 for 1-bit codes), the
+    number x * 2^-up that the k-th code of word j multiplies at k * J + j. After all chunks, as fp32, for each chunk:
+    128 times their sum, and half the sum of the chunk's x.
+    """
+    row = tl.program_id(0)
+    start = tl.program_id(1) * C
+    for w in tl.static_range(4):
+        if (WIDTHS >> w) & 1:
+            WIDTH: tl.constexpr = 1 << w
+            SPAN: tl.constexpr = 256 if WIDTH == 1 else 128
+            CODES: tl.constexpr = 16 // WIDTH  # in a word
+            TWICE: tl.constexpr = 2 if WIDTH == 8 else 1  # a code of 8 bits is two of 4
+            J: tl.constexpr = SPAN // CODES
+            LINE: tl.constexpr = SPAN * TWICE
+            CHUNKS: tl.constexpr = C // SPAN
+            LIFT: tl.constexpr = 7 // (4 if WIDTH == 8 else WIDTH)
+            e = tl.arange(0, C * TWICE)
+            k = e % LINE // J
+            column = start + e // LINE * SPAN + e % J * CODES + k // TWICE
+            at = src + row.to(tl.int64) * src_stride + column
+            inside = column < cols
+            x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            for i in tl.static_range(1, SLICES):
+                x += tl.load(at + i * slice_stride, mask=inside, other=0.0).to(tl.float32)
+            if TWICE == 2:
+                x *= tl.where(k % 2 == 1, 16.0, 1.0)
+            up = k % LIFT * (4 if WIDTH == 8 else WIDTH)
+            power = (1 << up).to(tl.float32)
+            chunks = wide // SPAN
+            line = chunks * LINE + (chunks * 4 + 7) // 8 * 8
+            out = o1 if WIDTH == 1 else o2 if WIDTH == 2 else o4 if WIDTH == 4 else o8
+            for part in tl.static_range(PARTS):
+                piece = x.to(tl.bfloat16)
+                to = out + (row * PARTS + part).to(tl.int64) * line
+                lifted = piece.to(tl.float32) / power
+                tl.store(to + start * TWICE + e, lifted.to(tl.bfloat16))
+                once = piece.to(tl.float32)
+                if TWICE == 2:
+                    once = tl.where(k % 2 == 0, once, 0.0)
+                sums = (to + chunks * LINE).to(tl.pointer_type(tl.float32)) + start // SPAN * 2
+                c = tl.arange(0, CHUNKS)
+                tl.store(sums + 2 * c, 128.0 * tl.sum(tl.reshape(lifted, (CHUNKS, LINE)), 1))
+                tl.store(sums + 2 * c + 1, 0.5 * tl.sum(tl.reshape(once, (CHUNKS, LINE)), 1))
+                x -= piece.to(tl.float32)
 
 
 @triton.jit
-def gathered(
-    src, rows, there, column, ok, part, factor, scale, slice_stride, SLICES: tl.constexpr, SCALED: tl.constexpr
-):
-    """x of some columns (K, N), fp32: the sum of the slices, times the input scale and `factor`."""
-    at = src + rows[None, :] + column[:, None]
-    mask = there[None, :] & ok[:, None]
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    for i in tl.static_range(1, SLICES):
-        x += tl.load(at + i * slice_stride, mask=mask, other=0.0).to(tl.float32)
-    if SCALED and scale != 0:
-        scales = scale.to(tl.pointer_type(tl.float16))
-        x *= tl.load(scales + column, mask=ok, other=0.0).to(tl.float32)[:, None]
-    return x * factor
-
-
-@triton.jit
-def numbers(tile, z, K: tl.constexpr, LIFT: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
-    """2 * 2^up * (code - z/2) of the K-th code of each word, for up = K % LIFT * WIDTH."""
-    UP: tl.constexpr = K % LIFT * WIDTH
-    MASK: tl.constexpr = (((1 << WIDTH) - 1) << (1 + UP)) * 65537
-    RIGHT: tl.constexpr = K // LIFT * LIFT * WIDTH - 1
-    if WIDTH == 8 or not ASM:
-        code = (tile.to(tl.int32) >> (K * WIDTH)) & ((1 << WIDTH) - 1)
-        a = ((code.to(tl.float32) * 2 - z[:, None]) * (2.0**UP)).to(DOT)
+def lifted(tile, K: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr):
+    """128 + 2^up * code of the K-th code of each 16-bit word."""
+    LIFT: tl.constexpr = 7 // BITS
+    UP: tl.constexpr = K % LIFT * BITS
+    if ASM:
+        MASK: tl.constexpr = (((1 << BITS) - 1) << UP) * 65537
+        RIGHT: tl.constexpr = K // LIFT * LIFT * BITS
+        words = tile
+        if RIGHT > 0:
+            words = tl.inline_asm_elementwise(
+                asm=f"shr.b32 $0, $1, {RIGHT};", constraints="=r,r", args=[tile], dtype=tl.int16, is_pure=True, pack=2
+            )
+        a = tl.inline_asm_elementwise(
+            asm=f"lop3.b32 $0, $1, {MASK}, 1124090624, 0xEA;",
+            constraints="=r,r", args=[words], dtype=tl.bfloat16, is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        minus = (-128.0 - z * (2.0**UP)).to(tl.bfloat16)[:, None]
-        if RIGHT < 0:
-            a = tl.inline_asm_elementwise(
-                asm=f"""{{ .reg .b32 t, o; shl.b32 t, $1, 1; lop3.b32 t, t, {MASK}, 1124090624, 0xEA;
-                mov.b32 o, 1065369472; fma.rn.bf16x2 $0, t, o, $2; }}""",
-                constraints="=r,r,r", args=[tile, minus], dtype=tl.bfloat16, is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            a = tl.inline_asm_elementwise(
-                asm=f"""{{ .reg .b32 t, o; shr.b32 t, $1, {RIGHT}; lop3.b32 t, t, {MASK}, 1124090624, 0xEA;
-                mov.b32 o, 1065369472; fma.rn.bf16x2 $0, t, o, $2; }}""",
-                constraints="=r,r,r", args=[tile, minus], dtype=tl.bfloat16, is_pure=True, pack=2,
-            )  # fmt: skip
+        code = (tile.to(tl.int32) >> (K * BITS)) & ((1 << BITS) - 1)
+        a = (code.to(tl.float32) * (2.0**UP) + 128.0).to(DOT)
     return a
 
 
 @triton.jit
-def plane(
-    acc, rec, p, weight, row, factor, src, rows, there, part, scale_in, slice_stride, start, stop,
-    WIDTH: tl.constexpr, HOT: tl.constexpr, FIRST: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PARTS: tl.constexpr,
-    SLICES: tl.constexpr, SCALED: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
+def stream(
+    acc, panel, rec, row, factor, lines, position, wide, start, stop,
+    WIDTH: tl.constexpr, LIES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
+    ASM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """acc + weight * factor * (plane p) @ x of columns start:stop.
+    """acc + factor * block @ x of columns start:stop; position: where the block's first column lies in x's panel.
 
-    HOT: 0 = tiles need masks, 1 = whole tiles on 16 bytes, 2 = such of two groups each, 3 = a run of matrices of
-    128 columns. FIRST: 0 = a later plane, 1 = the first, 2 = the only one, 3 = looked up.
+    LIES: 0 = whole tiles on 16 bytes, 1 = a run of matrices of 128 columns, 2 = tiles need masks. A tile's columns
+    share their scales.
     """
-    PER: tl.constexpr = 16 // WIDTH
-    J: tl.constexpr = 8 * WIDTH if WIDTH > 1 else 16
-    LIFT: tl.constexpr = 6 // WIDTH if WIDTH < 8 else 1
-    LOG: tl.constexpr = 2 if WIDTH == 8 else 3 if WIDTH == 4 else 4 if WIDTH == 2 else 5  # a word holds 2^LOG codes
+    SPAN: tl.constexpr = 256 if WIDTH == 1 else 128
+    CODES: tl.constexpr = 16 // WIDTH
+    BITS: tl.constexpr = 4 if WIDTH == 8 else WIDTH
+    STEPS: tl.constexpr = 16 // BITS
+    TWICE: tl.constexpr = 2 if WIDTH == 8 else 1
+    J: tl.constexpr = SPAN // CODES
+    LINE: tl.constexpr = SPAN * TWICE
+    LOG: tl.constexpr = 2 if WIDTH == 8 else 3 if WIDTH == 4 else 4 if WIDTH == 2 else 5  # an int32 holds 2^LOG codes
+    chunks = wide // SPAN
+    line = chunks * LINE + (chunks * 4 + 7) // 8 * 8
+    x_at = panel + tl.multiple_of(lines * line, 8) + tl.multiple_of(position * TWICE, 8)
+    sums_at = (panel + lines * line + chunks * LINE).to(tl.pointer_type(tl.float32)) + position // SPAN * 2
     cols = tl.load(rec + 8).to(tl.int32)
     group = tl.load(rec + 10).to(tl.int32)
     groups = tl.load(rec + 11).to(tl.int32)
     scale_at = tl.load(rec + 3)
-    scales = scale_at.to(tl.pointer_type(tl.float16))
-    first_zero = tl.load(rec + 16).to(tl.int32)
-    words = tl.load(rec + p).to(tl.pointer_type(tl.int16))
     zero_at = tl.load(rec + 4)
-    zero_words = zero_at.to(tl.pointer_type(tl.int32))
+    first_zero = tl.load(rec + 16).to(tl.int32)
+    words = tl.load(rec).to(tl.pointer_type(tl.int16))
+    scales = scale_at.to(tl.pointer_type(tl.float16))
+    zeros = zero_at.to(tl.pointer_type(tl.int32))
     stride = (cols * WIDTH + 31) // 32 * 2
-    step = J * PER
     run, run_scales, run_zeros = 0, 0, 0
-    if HOT == 0:
-        step = tl.load(rec + 23 + p).to(tl.int32)
-    elif HOT == 3:
+    if LIES == 1:
         stride = J
         run = tl.multiple_of(tl.load(rec + 29), 8)
         run_scales = tl.load(rec + 30)
         run_zeros = tl.load(rec + 31)
-    else:
+        group = 1 << 30
+    elif LIES == 0:
         stride = tl.multiple_of(stride, 8)
     j = tl.arange(0, J)
-    lines = words + row.to(tl.int64)[:, None] * stride + j[None, :]
-    everywhere = row >= 0
-    for c in tl.range(start, stop, step, num_stages=STAGES):
-        if HOT == 0:
-            ok = (j * PER < step) & (c + j * PER < stop)
-            tile = tl.load(lines + c // PER, mask=ok[None, :], other=0)
+    at = words + row.to(tl.int64)[:, None] * stride + j[None, :]
+    has_scale = (row >= 0) & (scale_at != 0)
+    has_zero = (row >= 0) & (zero_at != 0)
+    index = row * groups + start // group
+    spot = index + first_zero
+    scale = tl.load(scales + start // SPAN * run_scales + index, mask=has_scale, other=1.0)
+    zero = tl.load(zeros + start // SPAN * run_zeros + (spot >> LOG), mask=has_zero, other=0)
+    final = (stop - 1) // SPAN * SPAN
+    for c in tl.range(start, stop, SPAN, num_stages=STAGES):
+        chunk = c // SPAN
+        s = factor * scale.to(tl.float32)
+        code = (zero >> ((spot & (32 // WIDTH - 1)) * WIDTH)) & ((1 << WIDTH) - 1)
+        z = tl.where(has_zero, code * 2, (1 << WIDTH) - 1).to(tl.float32)
+        # The next tile's are on their way while this one is multiplied.
+        after = tl.minimum(c + SPAN, final)
+        index = row * groups + after // group
+        scale = tl.load(scales + after // SPAN * run_scales + index, mask=has_scale, other=1.0)
+        spot = index + first_zero
+        zero = tl.load(zeros + after // SPAN * run_zeros + (spot >> LOG), mask=has_zero, other=0)
+        if LIES == 2:
+            # What lies beyond the last column is multiplied by zeros of the panel.
+            ok = tl.max_constancy(chunk * J + j < stride, 2)
+            tile = tl.load(tl.max_contiguous(tl.multiple_of(at + chunk * J, (1, 2)), (1, 2)), mask=ok[None, :], other=0)
         else:
-            ok = j >= 0
-            move = c // PER  # a multiple of J, as c is of step
-            if HOT == 3:
-                move = c // 128 * run
-            at = tl.multiple_of(lines + tl.multiple_of(move, 8), (1, 16))
-            tile = tl.load(tl.max_contiguous(at, (1, 8)))
-        for half in tl.static_range(2 if HOT == 2 else 1):
-            inside = ok
-            if HOT == 2:
-                inside = (j >= 8) if half == 1 else (j < 8)
-            if HOT == 3:
-                index = row
-            else:
-                index = row * groups + (c + half * 128) // group
-            z = tl.zeros_like(factor)
-            if FIRST == 2:
-                at = index + first_zero
-                has = zero_at != 0
-                word = tl.load(zero_words + c // 128 * run_zeros + (at >> LOG), mask=everywhere & has, other=0)
-                code = (word >> ((at & (32 // WIDTH - 1)) * WIDTH)) & ((1 << WIDTH) - 1)
-                z = tl.where(has, code * 2, (1 << WIDTH) - 1).to(tl.float32)
-            elif FIRST == 1:
-                z = zeros(rec, index + first_zero, everywhere)
-            elif FIRST == 3:
-                if p == 0:
-                    z = zeros(rec, index + first_zero, everywhere)
-            total = tl.zeros((M, N), dtype=tl.float32)
-            for k in tl.static_range(PER):
-                a = numbers(tile, z, k, LIFT, WIDTH, ASM, DOT)
-                if HOT == 0:
-                    inside = ok & (c + j * PER + k < stop)
-                x = gathered(
-                    src, rows, there, c + j * PER + k, inside, part, 0.5 / 2.0 ** (k % LIFT * WIDTH), scale_in,
-                    slice_stride, SLICES, SCALED,
-                )  # fmt: skip
-                b = x.to(tl.bfloat16)
-                if PARTS == 2:
-                    b = tl.where((part == 1)[None, :], (x - b.to(tl.float32)).to(tl.bfloat16), b)
-                total = tl.dot(a, b.to(DOT), total)
-            s = factor * weight
-            if scale_at != 0:
-                s *= tl.load(scales + c // 128 * run_scales + index).to(tl.float32)
-            acc += total * s[:, None]
+            move = chunk * J
+            if LIES == 1:
+                move = chunk * run
+            tile = tl.load(tl.max_contiguous(tl.multiple_of(at + tl.multiple_of(move, 8), (1, 16)), (1, 8)))
+        total = tl.zeros((M, N), dtype=tl.float32)
+        for k in tl.static_range(STEPS):
+            b_at = x_at[None, :] + chunk * LINE + (k * J + j)[:, None]
+            b = tl.load(tl.max_contiguous(tl.multiple_of(b_at, (16, 1)), (16, 1)))
+            total = tl.dot(lifted(tile, k, BITS, ASM, DOT), b.to(DOT), total)
+        whole = tl.load(sums_at + 2 * chunk)
+        half = tl.load(sums_at + 2 * chunk + 1)
+        acc += (total - whole[None, :] - z[:, None] * half[None, :]) * s[:, None]
     return acc
 
 
 @triton.jit
+def gathered(src, rows, column, ok, scale, slice_stride, SLICES: tl.constexpr, SCALED: tl.constexpr):
+    """x of some columns (K, N), fp32: the sum of the slices, times the input scale."""
+    at = src + rows[None, :] + column[:, None]
+    x = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
+    for i in tl.static_range(1, SLICES):
+        x += tl.load(at + i * slice_stride, mask=ok[:, None], other=0.0).to(tl.float32)
+    if SCALED and scale != 0:
+        scales = scale.to(tl.pointer_type(tl.float16))
+        x *= tl.load(scales + column, mask=ok, other=0.0).to(tl.float32)[:, None]
+    return x
+
+
+@triton.jit
 def twofold(
-    acc, a, src, rows, there, column, ok, part, factor, scale_in, slice_stride, PARTS: tl.constexpr,
-    SLICES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS: tl.constexpr, SLICES: tl.constexpr,
+    SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * a @ x for fp32 a (M, K), as two bf16 parts."""
-    x = gathered(src, rows, there, column, ok, part, 1.0, scale_in, slice_stride, SLICES, SCALED)
+    x = gathered(src, rows, column, ok, scale_in, slice_stride, SLICES, SCALED)
     b = x.to(tl.bfloat16)
     if PARTS == 2:
         b = tl.where((part == 1)[None, :], (x - b.to(tl.float32)).to(tl.bfloat16), b)
@@ -180,7 +201,7 @@ def twofold(
 
 @triton.jit
 def floats(
-    acc, rec, kind, row, factor, src, rows, there, part, scale_in, slice_stride, start, stop,
+    acc, rec, kind, row, factor, src, rows, part, scale_in, slice_stride, start, stop,
     PARTS: tl.constexpr, SLICES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * block @ x for a block of floats."""
@@ -198,58 +219,60 @@ def floats(
         else:
             a = tl.load(first.to(tl.pointer_type(tl.float32)) + at, mask=ok[None, :], other=0.0)
         acc = twofold(
-            acc, a, src, rows, there, column, ok, part, factor, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
+            acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def codes(
-    acc, rec, row, factor, src, rows, there, part, scale_in, slice_stride, start, stop,
+    acc, rec, row, factor, src, rows, part, scale_in, slice_stride, start, stop,
     PARTS: tl.constexpr, SLICES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """acc + factor * block @ x for groups that do not end at 16-bit words: right, not fast."""
+    """acc + factor * block @ x for any codes, whatever shares their scales: right, not fast."""
     cols = tl.load(rec + 8).to(tl.int32)
     group = tl.load(rec + 10).to(tl.int32)
     groups = tl.load(rec + 11).to(tl.int32)
-    first_zero = tl.load(rec + 16).to(tl.int32)
-    lines = row.to(tl.int64)[:, None]
-    for c in tl.range(start, stop, 16, num_stages=1):
-        column = c + tl.arange(0, 16)
+    log = 6 - tl.load(rec + 20).to(tl.int32)
+    width = 32 >> log
+    zero_at = tl.load(rec + 4)
+    scale_at = tl.load(rec + 3)
+    words = tl.load(rec).to(tl.pointer_type(tl.int32))
+    zeros = zero_at.to(tl.pointer_type(tl.int32))
+    scales = scale_at.to(tl.pointer_type(tl.float16))
+    last = (1 << log) - 1
+    lines = row.to(tl.int64)[:, None] * ((cols * width + 31) // 32)
+    for c in tl.range(start, stop, 32, num_stages=1):
+        column = c + tl.arange(0, 32)
         ok = column < stop
-        mask = (row >= 0)[:, None] & ok[None, :]
-        code = tl.zeros_like(mask.to(tl.int32))
-        shift = 0
-        for p in tl.static_range(3):
-            log = 6 - tl.load(rec + 20 + p).to(tl.int32)
-            if log < 6:
-                width = 32 >> log
-                words = tl.load(rec + p).to(tl.pointer_type(tl.int32))
-                stride = (cols * width + 31) // 32
-                word = tl.load(words + lines * stride + (column >> log)[None, :], mask=mask, other=0)
-                code |= ((word >> ((column & ((1 << log) - 1)) * width)[None, :]) & ((1 << width) - 1)) << shift
-                shift += width
+        there = (row >= 0)[:, None] & ok[None, :]
+        word = tl.load(words + lines + (column >> log)[None, :], mask=there, other=0)
+        code = (word >> ((column & last) * width)[None, :]) & ((1 << width) - 1)
         index = row[:, None] * groups + (column // group)[None, :]
-        scales = tl.load(rec + 3).to(tl.pointer_type(tl.float16))
-        a = code.to(tl.float32) - 0.5 * zeros(rec, index + first_zero, mask)
-        a *= tl.load(scales + index, mask=mask, other=0.0).to(tl.float32)
+        spot = index + tl.load(rec + 16).to(tl.int32)
+        zero = tl.load(zeros + (spot >> log), mask=there & (zero_at != 0), other=0)
+        zero = (zero >> ((spot & last) * width)) & ((1 << width) - 1)
+        twice = tl.where(zero_at != 0, zero * 2, (1 << width) - 1)
+        a = code.to(tl.float32) - 0.5 * twice.to(tl.float32)
+        a *= tl.load(scales + index, mask=there & (scale_at != 0), other=1.0).to(tl.float32)
         acc = twofold(
-            acc, a, src, rows, there, column, ok, part, factor, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
+            acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
         )  # fmt: skip
     return acc
 
 
 @triton.jit(
     do_not_specialize=[
-        *("records", "src_stride", "slice_stride", "s0", "s1", "s2", "s3", "e0", "e1", "e2", "row_tiles", "count")
+        *("records", "src_stride", "slice_stride", "wide", "s0", "s1", "s2", "s3", "e0", "e1", "e2", "row_tiles"),
+        "count",
     ]
 )
 def product(
-    table, bounds, records, src, src_stride, slice_stride, y0, y1, y2, y3, s0, s1, s2, s3, e0, e1, e2,
-    offsets, slots, row_tiles, count,
+    table, bounds, records, src, src_stride, slice_stride, wide, p1, p2, p4, p8, y0, y1, y2, y3, s0, s1, s2, s3,
+    e0, e1, e2, offsets, slots, row_tiles, count,
     SHRINK: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, MOST: tl.constexpr,
     ROWS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
-    STAGES: tl.constexpr, VARIANTS: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
+    STAGES: tl.constexpr, LOOPS: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = ROWS * PARTS
     tile = tl.program_id(0)
@@ -278,9 +301,10 @@ def product(
             last = tl.load(bounds + projection + 1)
         n = tl.arange(0, N)
         part = n % PARTS
-        line = begin + n // PARTS
-        there = line < end
-        lines = line.to(tl.int64) * src_stride
+        # Columns of the tile beyond the segment's rows repeat its last row: their sums are not stored.
+        mine = tl.minimum(begin + n // PARTS, end - 1).to(tl.int64)
+        lines = mine * src_stride
+        parts = mine * PARTS + part
         acc = tl.zeros((M, N), dtype=tl.float32)
         out_rows = 0
         out_at = 0
@@ -290,7 +314,9 @@ def product(
             out_at = tl.load(rec + 14).to(tl.int32)
             cols = tl.load(rec + 8).to(tl.int32)
             kind = tl.load(rec + 12).to(tl.int32)
+            loop = tl.load(rec + 21).to(tl.int32)
             scale_in = tl.load(rec + 19)
+            position = tl.load(rec + 13).to(tl.int32)
             if m0 < out_rows:
                 # Rows beyond the last repeat it: their sums are not stored.
                 row = tl.minimum(m0 + tl.arange(0, M), out_rows - 1)
@@ -305,69 +331,51 @@ def product(
                     chunk = tl.cdiv(tl.cdiv(cols, SPLIT), unit) * unit
                     start = tl.program_id(2) * chunk
                     stop = tl.minimum(cols, start + chunk)
-                from_ = lines + tl.load(rec + 13)
-                if kind < 2:
-                    shift = 0
-                    for p in range(3):
-                        how = tl.load(rec + 26 + p).to(tl.int32)
-                        weight = (1 << shift).to(tl.float32)
-                        common = (
-                            rec, p, weight, row, factor, src, from_, there, part, scale_in, slice_stride, start,
-                            stop,
+                common = rec, row, factor, parts, position, wide, start, stop
+                if start < stop:
+                    if loop > 0:
+                        if (LOOPS >> 1) & 1:
+                            if loop == 1:
+                                acc = stream(acc, p1, *common, 1, 0, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 2) & 1:
+                            if loop == 2:
+                                acc = stream(acc, p2, *common, 2, 0, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 3) & 1:
+                            if loop == 3:
+                                acc = stream(acc, p2, *common, 2, 1, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 4) & 1:
+                            if loop == 4:
+                                acc = stream(acc, p2, *common, 2, 2, M, N, 1, ASM, DOT)
+                        if (LOOPS >> 5) & 1:
+                            if loop == 5:
+                                acc = stream(acc, p4, *common, 4, 0, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 6) & 1:
+                            if loop == 6:
+                                acc = stream(acc, p4, *common, 4, 1, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 7) & 1:
+                            if loop == 7:
+                                acc = stream(acc, p4, *common, 4, 2, M, N, 1, ASM, DOT)
+                        if (LOOPS >> 8) & 1:
+                            if loop == 8:
+                                acc = stream(acc, p8, *common, 8, 0, M, N, STAGES, ASM, DOT)
+                        if (LOOPS >> 9) & 1:
+                            if loop == 9:
+                                acc = stream(acc, p8, *common, 8, 2, M, N, 1, ASM, DOT)
+                    elif kind == 2:
+                        if (LOOPS >> 10) & 1:
+                            acc = codes(
+                                acc, rec, row, factor, src, lines + position, part, scale_in, slice_stride, start,
+                                stop, PARTS, SLICES, SCALED, DOT,
+                            )  # fmt: skip
+                    elif (LOOPS >> 11) & 1:
+                        acc = floats(
+                            acc, rec, kind, row, factor, src, lines + position, part, scale_in, slice_stride, start,
+                            stop, PARTS, SLICES, SCALED, DOT,
                         )  # fmt: skip
-                        if (VARIANTS >> 1) & 1:
-                            if how == 1:
-                                acc = plane(acc, *common, 2, 1, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 2) & 1:
-                            if how == 2:
-                                acc = plane(acc, *common, 2, 3, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 3) & 1:
-                            if how == 3:
-                                acc = plane(acc, *common, 2, 1, 1, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 4) & 1:
-                            if how == 4:
-                                acc = plane(acc, *common, 1, 2, 0, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 5) & 1:
-                            if how == 5:
-                                acc = plane(acc, *common, 8, 1, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 6) & 1:
-                            if how == 6:
-                                acc = plane(acc, *common, 1, 1, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 7) & 1:
-                            if how == 7:
-                                acc = plane(acc, *common, 1, 2, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 8) & 1:
-                            if how == 8:
-                                acc = plane(acc, *common, 4, 1, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 9) & 1:
-                            if how == 9:
-                                acc = plane(acc, *common, 4, 3, 2, M, N, PARTS, SLICES, SCALED, STAGES, ASM, DOT)
-                        if (VARIANTS >> 10) & 1:
-                            if how == 10:
-                                acc = plane(acc, *common, 1, 0, 3, M, N, PARTS, SLICES, SCALED, 1, ASM, DOT)
-                        if (VARIANTS >> 11) & 1:
-                            if how == 11:
-                                acc = plane(acc, *common, 2, 0, 3, M, N, PARTS, SLICES, SCALED, 1, ASM, DOT)
-                        if (VARIANTS >> 12) & 1:
-                            if how == 12:
-                                acc = plane(acc, *common, 4, 0, 3, M, N, PARTS, SLICES, SCALED, 1, ASM, DOT)
-                        if (VARIANTS >> 13) & 1:
-                            if how == 13:
-                                acc = plane(acc, *common, 8, 0, 3, M, N, PARTS, SLICES, SCALED, 1, ASM, DOT)
-                        width = tl.load(rec + 20 + p).to(tl.int32)
-                        shift += tl.where(width > 0, 1 << tl.maximum(width - 1, 0), 0)
-                elif kind == 2:
-                    if (VARIANTS >> 14) & 1:
-                        acc = codes(
-                            acc, rec, row, factor, src, from_, there, part, scale_in, slice_stride, start, stop,
-                            PARTS, SLICES, SCALED, DOT,
-                        )  # fmt: skip
-                elif (VARIANTS >> 15) & 1:
-                    acc = floats(
-                        acc, rec, kind, row, factor, src, from_, there, part, scale_in, slice_stride, start, stop,
-                        PARTS, SLICES, SCALED, DOT,
-                    )  # fmt: skip
-        if m0 < out_rows:
+        top = out_rows
+        if SHRINK:  # zeros where the record's place among the ranks goes on: panels have whole chunks
+            top = tl.where(first < last, MOST, 0)
+        if m0 < top:
             m = m0 + tl.arange(0, M)
             sums = acc
             if PARTS == 2:
@@ -378,9 +386,9 @@ def product(
             else:
                 at = y
             at = at + r.to(tl.int64)[None, :] * stride + (out_at + m)[:, None]
-            mask = (m < out_rows)[:, None] & (r < end)[None, :]
+            mask = (m < top)[:, None] & (r < end)[None, :]
             if SHRINK:
-                tl.store(at, sums, mask=mask)
+                tl.store(at, tl.where((m < out_rows)[:, None], sums, 0.0), mask=mask)
             else:
                 tl.store(
                     at, (tl.load(at, mask=mask, other=0.0).to(tl.float32) + sums).to(y.dtype.element_ty), mask=mask

@@ -8,18 +8,24 @@ For the rows x_s (n, in) of segment s, which belong to the delta in slot d(s), a
 with u, v and weight as they are stored. Two launches serve all LowRank terms of all projections: *shrink* writes
 t = x @ v.T in fp32, *expand* adds t @ u.T; Dense terms take one more. Every program owns its outputs, so there are no
 atomics and sums come in a fixed order: where shrink needs more programs than there are blocks of ranks, it cuts the
-columns in SPLIT parts, each with a t of its own, and expand adds them as it reads.
+columns in SPLIT parts, each with a t of its own, which are added as t is read.
 
-How codes become numbers. A tile of a plane of width w is read as 16-bit words; code k of word j is column j*(16/w) + k.
-So the k-th codes of all words are a matrix, which multiplies every (16/w)-th element of x: x is gathered, the codes
-stay where they are. Two words lie in a register. With a code at bits 1 + i*w of a word,
+How codes become numbers. A tile of the codes is read as 16-bit words, and code k of word j is column j*(16/w) + k. So
+the k-th codes of all words are a matrix, which multiplies every (16/w)-th element of x. Two words lie in a register;
+with a code at bits i*w of a word, one operation makes two bf16 numbers of it:
 
-    (word & mask) | 0x4300        is the bf16 number 128 + 2 * 2^(i*w) * code
-    minus 128 + 2 * 2^(i*w) * z   is 2 * 2^(i*w) * (code - z), exactly: 2z is a whole number, of at most 8 bits
+    (word & mask) | 0x4300        is 128 + 2^(i*w) * code, exactly, while i*w + w <= 7; a shift serves several i
 
-One mask-and-or and one packed bf16 addition make two weights; a shift serves several i. The power of two is taken out
-of x, the scale is applied to the product of a group, in fp32. What multiplies x is thus exact; t and inputs of more
-bits than bf16 are cut into two bf16 parts, which take two columns of the tensor core's tile that would be idle.
+What is too much is taken off the sum: with s and z of a group of columns,
+
+    s * sum (code - z) * x  =  s * (sum (128 + 2^(i*w) * code) * x * 2^-(i*w) - 128 * sum x * 2^-(i*w) - z * sum x)
+
+The tensor cores sum in fp32, so nothing is lost. Everything that depends on x alone is made once, by a launch before:
+*inputs* spreads x, and *ranks* spreads t, into a panel in which what a tile multiplies lies in order, and the two sums.
+A panel is bf16; t, and inputs of more bits, take two lines a row, which add up. They fill columns of the tensor
+core's tile that would be idle. Codes of 8 bits are multiplied as two of 4.
+
+Groups that tiles do not suit, input scales and floats go a way of their own, which is right and not fast.
 """
 
 from collections.abc import Sequence
@@ -30,7 +36,7 @@ import torch
 from torch import Tensor
 
 from bayou.kernels import interpreted, use_triton
-from bayou.kernels.table import BLOCK, FIELDS, PROJECTIONS, Table
+from bayou.kernels.table import BLOCK, CHUNK, FIELDS, PROJECTIONS, SLICES, Table, panel_line
 from bayou.kernels.tuning import Choice, choice
 
 
@@ -46,7 +52,7 @@ def packed_product(
         slots: (S,) int32 on the device: the segment's slot of `table`, or -1 for rows of the base itself.
         outs: for each projection of the table (rows, out), any float dtype; the last axis contiguous.
         most: no segment has more rows than this. A segment's further rows would be left out.
-        scratch: from `table.scratch(rows)`, for as many rows or more.
+        scratch: `table.scratch(rows)`, for as many rows.
     """
     (_triton if use_triton(x) else reference)(table, x, offsets, slots, outs, most=most, scratch=scratch)
 
@@ -95,7 +101,7 @@ def compile_ahead(tables: Sequence[Table], sizes: Sequence[tuple[int, int]], dty
         for segments, most in sizes:
             pair, rows = choice(table.key, segments, most), min(32, 1 << max(2, (most - 1).bit_length()))
             for stage in table.stages:
-                key = stage, table.variants[stage], table.scaled, rows, pair
+                key = stage, table.widths(stage), table.loops.get(stage), table.scaled, rows, pair
                 found.setdefault(key, (stage, table, segments, most))
     if not found:
         return 0
@@ -115,6 +121,23 @@ def compile_ahead(tables: Sequence[Table], sizes: Sequence[tuple[int, int]], dty
     return len(found)
 
 
+class Scratch:
+    """Where in a table's scratch memory t and the panels lie: t (slices, rows, ranks) fp32; lines of 16-bit numbers."""
+
+    def __init__(self, table: Table, memory: Tensor, rows: int) -> None:
+        slices = SLICES if rows <= 256 else 1
+        used = 4 * slices * rows * max(1, table.ranks)
+        self.t = memory[:used].view(torch.float32).view(slices, rows, max(1, table.ranks))
+        self.panels: dict[str, dict[int, Tensor]] = {}
+        for stage, cols in (("inputs", table.shapes[0][1]), ("ranks", table.ranks)):
+            self.panels[stage] = {}
+            for width in table.widths(stage):
+                used = -(-used // 16) * 16
+                size = 2 * 2 * rows * panel_line(cols, width)
+                self.panels[stage][width] = memory[used : used + size].view(torch.bfloat16)
+                used += size
+
+
 def launch(
     stage: str,
     table: Table,
@@ -127,7 +150,7 @@ def launch(
     scratch: Tensor,
     chosen: tuple[Choice, Choice] | None = None,
 ) -> int:
-    """One launch, "shrink", "expand" or "dense"; returns the number of programs. chosen: tiles of shrink, of others."""
+    """One launch of table.stages; returns the number of programs. chosen: tiles of shrink, of others."""
     import triton.language as tl
 
     from bayou.kernels import packed_loops
@@ -135,7 +158,31 @@ def launch(
     segments = slots.shape[0]
     shrink, rest = chosen or choice(table.key, segments, most)
     mine = shrink if stage == "shrink" else rest
-    parts = 2 if stage == "expand" or x.dtype != torch.bfloat16 or table.scaled else 1
+    places = Scratch(table, scratch, x.shape[0])
+    split = min(shrink.split, places.t.shape[0])
+    late = stage in ("ranks", "expand")  # what they read is t
+    parts = 2 if late or x.dtype != torch.bfloat16 or table.scaled else 1
+    source = places.t if late else x
+    panels = places.panels["ranks" if late else "inputs"]
+    cols = table.ranks if late else table.shapes[0][1]
+    wide = -(-cols // CHUNK) * CHUNK
+    lines = [panels.get(width, scratch) for width in (1, 2, 4, 8)]
+    if stage in ("inputs", "ranks"):
+        spreads = x.shape[0] * (wide // CHUNK)
+        packed_loops.spread[(x.shape[0], wide // CHUNK)](
+            source,
+            source.stride(-2),
+            places.t.stride(0),
+            cols,
+            wide,
+            *lines,
+            WIDTHS=sum(width for width in panels),
+            PARTS=parts,
+            SLICES=split if late else 1,
+            C=CHUNK,
+            num_warps=1,
+        )
+        return spreads
     # More columns of the tensor core's tile than 32 would not fit registers and shared memory.
     rows = max(8 // parts, min(32 // parts, 1 << (most - 1).bit_length()))
     row_tiles = -(-most // rows)
@@ -144,11 +191,9 @@ def launch(
     else:
         tiles = [-(-out // mine.tile) for out, _ in table.shapes]
     ends = [sum(tiles[: i + 1]) for i in range(len(tiles))] + [sum(tiles)] * (PROJECTIONS - len(tiles))
-    source, target = (scratch, list(outs)) if stage == "expand" else (x, list(outs))
-    target = [scratch[0]] if stage == "shrink" else target
+    target = [places.t[0]] if stage == "shrink" else list(outs)
     target += target[-1:] * (PROJECTIONS - len(target))
     records, bounds = table.lists[stage]
-    split = min(shrink.split, scratch.shape[0])
     grid = (ends[-1], segments * row_tiles, split if stage == "shrink" else 1)
     packed_loops.product[grid](
         records,
@@ -156,7 +201,9 @@ def launch(
         records.shape[1],
         source,
         source.stride(-2),
-        scratch.stride(0),
+        places.t.stride(0),
+        wide,
+        *lines,
         *target,
         *(out.stride(0) for out in target),
         *ends[: PROJECTIONS - 1],
@@ -174,7 +221,7 @@ def launch(
         SPLIT=split if stage == "shrink" else 1,
         SCALED=table.scaled and stage != "expand",
         STAGES=mine.stages,
-        VARIANTS=table.variants[stage],
+        LOOPS=table.loops[stage],
         ASM=not interpreted() and torch.version.hip is None,
         DOT=tl.float32 if interpreted() else tl.bfloat16,
         num_warps=mine.warps,

@@ -4,12 +4,14 @@ A table serves the projections that share an input (q, k and v; gate and up), an
 kernel has to know of a block of a tenant's delta is a *record* of 64-bit numbers: pointers, shape, bits, groups. Giving
 a slot to another tenant is one small copy into memory that stays where it is, so a CUDA graph goes on to work.
 
-`Table.write` does not copy the deltas: their tensors stay where they are, and are kept alive. Blocks of 128 ranks that
-lie at equal distances, as those of one site do in the file, make one record, which is read without a stop.
+`Table.write` does not copy the deltas: their tensors stay where they are, and are kept alive; but codes that lie in
+several planes (3, 5, 6 and 7 bits) are written anew as codes of 4 or 8 bits. Blocks of 128 ranks that lie at equal
+distances, as those of one site do in the file, make one record, which is read without a stop.
 """
 
 import struct
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,23 +32,25 @@ PROJECTIONS = 4
 SLICES = 8
 """Parts at most that shrink cuts the columns into."""
 
+CHUNK = 256
+"""Columns of x, and ranks, come in panels of whole chunks; see packed_product.py."""
+
 FLOAT_KINDS = {"f16": 3, "bf16": 4, "f32": 5}
 
-VARIANTS = {
-    # (width, which plane it is: the only one, the first of several, a later one; how its tiles lie): the kernel's loop
-    (2, "only", "whole"): 1,
-    (2, "only", "run"): 2,
-    (2, "first", "whole"): 3,
-    (1, "later", "halves"): 4,
-    (8, "only", "whole"): 5,
-    (1, "only", "whole"): 6,
-    (1, "only", "halves"): 7,
-    (4, "only", "whole"): 8,
-    (4, "only", "run"): 9,
+LOOPS = {
+    # (width of a code, how tiles lie): the kernel's loop
+    (1, "whole"): 1,
+    (2, "whole"): 2,
+    (2, "run"): 3,
+    (2, "ragged"): 4,
+    (4, "whole"): 5,
+    (4, "run"): 6,
+    (4, "ragged"): 7,
+    (8, "whole"): 8,
+    (8, "ragged"): 9,
 }
-PLAIN = {1: 10, 2: 11, 4: 12, 8: 13}
-"""Loops for planes that need masks, by width. The last two are for other groups and for floats."""
-CODES, FLOATS = 14, 15
+CODES, FLOATS = 10, 11
+"""The loops for other groups, and for floats."""
 
 Terms = Sequence[Any]
 """LowRank and Dense of delta.py, which imports this package."""
@@ -75,11 +79,12 @@ class Table:
         self.device = torch.empty(0, device=device).device  # "cuda" is the current one of several
         self.terms: list[Sequence[Terms]] = [[()] * len(shapes)] * slots
         self._kept: list[Any] = [None] * slots
-        self.variants = dict.fromkeys(("shrink", "expand", "dense"), 0)
-        """The loops that each launch needs, as bits: VARIANTS, PLAIN, CODES and FLOATS."""
+        self.loops = dict.fromkeys(("shrink", "expand", "dense"), 0)
+        """The loops that each launch needs, as bits: LOOPS, CODES and FLOATS."""
         self.scaled = False
         drafts = [self._draft(deltas) for deltas in like]
-        self.ranks = max((draft.ranks for draft in drafts), default=0)
+        self.ranks = -(-max((draft.ranks for draft in drafts), default=0) // BLOCK) * BLOCK
+        self.packed_ranks = max((draft.packed_ranks for draft in drafts), default=0)
         self.lists = {}
         for stage in ("shrink", "expand", "dense"):
             most = max((len(draft.records[stage]) for draft in drafts), default=0)
@@ -92,19 +97,33 @@ class Table:
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """The launches that a product takes."""
-        return tuple(stage for stage, (records, _) in self.lists.items() if records.shape[1])
+        """The launches that a product takes, in their order."""
+        found = [stage for stage, (records, _) in self.lists.items() if records.shape[1]]
+        if self.widths("inputs"):
+            found.insert(0, "inputs")
+        if self.widths("ranks"):
+            found.insert(found.index("expand"), "ranks")
+        return tuple(found)
+
+    def widths(self, stage: str) -> tuple[int, ...]:
+        """Of the codes that multiply a panel of x ("inputs"), or of what shrink made of it ("ranks")."""
+        loops = self.loops["expand"] if stage == "ranks" else self.loops["shrink"] | self.loops["dense"]
+        return tuple(sorted({width for (width, _), loop in LOOPS.items() if loops >> loop & 1}))
 
     @property
     def key(self) -> str:
         """What a choice of tiles depends on, but for the number of rows."""
         shapes = "+".join(str(out) for out, _ in self.shapes)
-        variants = "-".join(f"{bits:x}" for bits in self.variants.values())
-        return f"{shapes}x{self.shapes[0][1]} ranks {self.ranks} loops {variants}"
+        loops = "-".join(f"{bits:x}" for bits in self.loops.values())
+        return f"{shapes}x{self.shapes[0][1]} ranks {self.ranks} loops {loops}"
 
     def scratch(self, rows: int) -> Tensor:
-        """Memory that a product of `rows` rows in all needs: SLICES (1 for many rows) times (rows, ranks) fp32."""
-        return torch.empty(SLICES if rows <= 256 else 1, rows, max(1, self.ranks), device=self.device)
+        """Memory that a product of `rows` rows in all needs, uint8; see packed_product.Scratch."""
+        slices = SLICES if rows <= 256 else 1
+        nbytes = 4 * slices * rows * max(1, self.ranks)
+        for stage, cols in (("inputs", self.shapes[0][1]), ("ranks", self.ranks)):
+            nbytes += sum(2 * 2 * rows * panel_line(cols, width) for width in self.widths(stage))
+        return torch.empty(nbytes + 16 * 16, dtype=torch.uint8, device=self.device)
 
     def write(self, slot: int, deltas: Sequence[Terms]) -> bool:
         """Give `slot` to a tenant: the terms of each projection, none at all for a base's own.
@@ -113,7 +132,8 @@ class Table:
         `like` and of those written before did. Raises BadInput if they are larger than `like` or lie elsewhere.
         """
         draft = self._draft(deltas)
-        if draft.ranks > self.ranks or any(len(draft.records[s]) > r.shape[1] for s, (r, _) in self.lists.items()):
+        longer = any(len(draft.records[stage]) > records.shape[1] for stage, (records, _) in self.lists.items())
+        if longer or draft.ranks > self.ranks or draft.packed_ranks > self.packed_ranks:
             raise BadInput(f"the deltas for slot {slot} have more ranks or blocks than the table was made for")
         for stage, (records, bounds) in self.lists.items():
             found = torch.zeros(records.shape[1:], dtype=torch.int64)
@@ -133,11 +153,11 @@ class Table:
         self.write(slot, [()] * len(self.shapes))
 
     def _allow(self, draft: "_Draft") -> bool:
-        before = dict(self.variants), self.scaled
-        for stage, variants in draft.variants.items():
-            self.variants[stage] |= variants
+        before = dict(self.loops), self.scaled
+        for stage, loops in draft.loops.items():
+            self.loops[stage] |= loops
         self.scaled |= draft.scaled
-        return before != (self.variants, self.scaled)
+        return before != (self.loops, self.scaled)
 
     def _draft(self, deltas: Sequence[Terms]) -> "_Draft":
         if len(deltas) != len(self.shapes):
@@ -157,8 +177,10 @@ class _Draft:
         self.device = device
         self.records: dict[str, list[list[int]]] = {"shrink": [], "expand": [], "dense": []}
         self.bounds = {stage: [0] for stage in self.records}
-        self.variants = dict.fromkeys(self.records, 0)
+        self.loops = dict.fromkeys(self.records, 0)
         self.ranks = 0
+        """Places for ranks: each run of blocks begins at a multiple of BLOCK."""
+        self.packed_ranks = 0
         self.scaled = False
         self.kept: list[Any] = []
 
@@ -174,25 +196,38 @@ class _Draft:
         if not hasattr(term, "blocks"):
             if term.weight.shape != shape:
                 raise BadInput(f"a term of shape {term.weight.shape} was given for a projection of {shape}")
-            record = self._record("dense", term.weight, gain=term.gain, scale_in=scale_in, scale_out=scale_out)
+            weight = self._single(term.weight)
+            record = self._record("dense", weight, term.gain, scale_in=scale_in, scale_out=scale_out)
             self.records["dense"].append(record)
             return
-        for first, last in _runs([u for u, _ in term.blocks]):
-            u, v = term.blocks[first]
+        blocks = [(self._single(u), self._single(v)) for u, v in term.blocks]
+        for first, last in _runs([u for u, _ in blocks]):
+            u, v = blocks[first]
             if (u.shape[0], v.shape[1]) != shape or u.shape[1] != v.shape[0]:
                 raise BadInput(f"a block of {u.shape} times {v.shape} was given for a projection of {shape}")
-            follower = term.blocks[first + 1][0] if last - first > 1 else None
-            record = self._record(
-                "expand", u, gain=term.gain, scale_out=scale_out, count=last - first, follower=follower
-            )
-            record[13] = self.ranks
+            follower = blocks[first + 1][0] if last - first > 1 else None
+            record = self._record("expand", u, term.gain, scale_out=scale_out, count=last - first, follower=follower)
+            self.ranks = -(-self.ranks // BLOCK) * BLOCK  # chunks of a panel begin there
+            record[13], record[22] = self.ranks, self.packed_ranks
             self.records["expand"].append(record)
-            for _, part in term.blocks[first:last]:
+            for _, part in blocks[first:last]:
                 for row in range(0, part.shape[0], BLOCK):
                     record = self._record("shrink", part, scale_in=scale_in, start=row)
-                    record[14] = self.ranks + row
+                    record[14], record[22] = self.ranks + row, self.packed_ranks + row
                     self.records["shrink"].append(record)
                 self.ranks += part.shape[0]
+                self.packed_ranks += part.shape[0]
+
+    def _single(self, packed: Packed) -> Packed:
+        """Codes of 3 bits, which lie in two planes, as codes of 4 in one; of 5 to 7 bits as codes of 8."""
+        bits = packed.spec.bits
+        if len(PLANES.get(bits, ())) < 2:
+            return packed
+        wide = replace(packed.spec, bits=4 if bits == 3 else 8)
+        codes, zeros = packed.raw()
+        middle = 0 if packed.spec.zeros else (1 << (wide.bits - 1)) - (1 << (bits - 1))
+        scales = packed.parts[len(PLANES[bits])] if packed.spec.groups(packed.shape[1]) else None
+        return Packed.codes(codes + middle, wide, scales, zeros)
 
     def _scale(self, scale: Tensor | None) -> int:
         if scale is None:
@@ -204,8 +239,8 @@ class _Draft:
         self,
         stage: str,
         packed: Packed,
-        *,
         gain: float = 1.0,
+        *,
         scale_in: int = 0,
         scale_out: int = 0,
         start: int | None = None,
@@ -214,56 +249,46 @@ class _Draft:
     ) -> list[int]:
         """What the kernels know of a matrix, or of its BLOCK rows from `start` on, or of a run of `count` of its kind.
 
-        0-2 planes, or floats; 3 scales; 4-6 planes of zero points; 7 rows; 8 columns; 9 bits; 10 columns that share a
-        scale; 11 scales a row; 12 kind: 0 planes, 2 other codes, 3-5 floats; 13, 14 where its input and output begin;
-        15 columns that must stay together; 16 first zero point; 17 gain, the bits of an fp32; 18, 19 output and input
-        scales; 20-22 1 + log2 of each plane's width, or 0; 23-25 columns of each plane's tile; 26-28 its loop; 29-31
-        from one matrix of a run to the next: 16-bit words, scales, words of zero points.
+        0 codes, or floats; 3 scales; 4 zero points; 7 rows; 8 columns; 9 bits; 10 columns that share a scale; 11 scales
+        a row; 12 kind: 0 or 2 codes, 3-5 floats; 13, 14 where its input and output begin; 15 columns that must stay
+        together; 16 first zero point; 17 gain, the bits of an fp32; 18, 19 output and input scales; 20 1 + log2 of a
+        code's width; 21 its loop, 0 for those of `kind`; 22 its place among the ranks, without gaps; 29-31 from one
+        matrix of a run to the next: 16-bit words, scales, words of zero points.
         """
         if any(part.device != self.device or not part.is_contiguous() for part in packed.parts):
             raise BadInput(f"deltas on {packed.parts[0].device} were given to a table on {self.device}")
+        self.kept.append(packed)
         spec, (rows, cols) = packed.spec, packed.shape
         row = start or 0
         record = [0] * FIELDS
         record[7] = rows if start is None else min(rows - start, BLOCK)
         record[8], record[9] = cols, spec.bits
         record[10], record[11] = max(cols, 1), 1
+        record[15] = 32
         record[17] = struct.unpack("<i", struct.pack("<f", gain))[0]
         record[18], record[19] = scale_out, scale_in
         if spec.floats:
             record[0] = packed.parts[0].data_ptr() + row * cols * packed.parts[0].itemsize
-            record[12], record[15] = FLOAT_KINDS[spec.floats], 32
-            self.variants[stage] |= 1 << FLOATS
+            record[12] = FLOAT_KINDS[spec.floats]
+            self.loops[stage] |= 1 << FLOATS
             return record
-        widths = PLANES[spec.bits]
-        grouped = 0 < (spec.group or 0) < cols
         groups = spec.groups(cols)
-        if grouped:
+        if 0 < (spec.group or 0) < cols:
             record[10], record[11] = int(spec.group or 0), groups
+        record[0] = packed.parts[0].data_ptr() + row * packed.parts[0].shape[1] * 4
         if groups:
-            scales = packed.parts[len(widths)]
-            record[3] = scales.data_ptr() + row * groups * scales.itemsize
-        for p, width in enumerate(widths):
-            record[20 + p] = width.bit_length()
-            record[p] = packed.parts[p].data_ptr() + row * packed.parts[p].shape[1] * 4
-            if spec.zeros:
-                record[4 + p] = packed.parts[len(widths) + 1 + p].data_ptr()
+            record[3] = packed.parts[1].data_ptr() + row * groups * packed.parts[1].itemsize
+        if spec.zeros:
+            record[4] = packed.parts[2].data_ptr()
         record[16] = row * groups
-        if grouped and record[10] % 16:
-            record[12], record[15] = 2, 32
-            self.variants[stage] |= 1 << CODES
+        record[20] = spec.bits.bit_length()
+        lies = "other" if scale_in else "run" if follower is not None else _tiles(record)
+        loop = LOOPS.get((spec.bits, lies), CODES)
+        self.loops[stage] |= 1 << loop
+        if loop == CODES:
+            record[12] = 2
             return record
-        record[15] = record[10] if grouped else 256
-        for p, width in enumerate(widths):
-            place = "only" if len(widths) == 1 else "later" if p else "first"
-            step, lies = _tile(record, p, width, grouped)
-            if follower is not None:
-                lies = "run"
-            variant = VARIANTS.get((width, place, lies), PLAIN[width])
-            record[23 + p], record[26 + p] = step, variant
-            if lies == "halves":
-                record[15] = 256
-            self.variants[stage] |= 1 << variant
+        record[15], record[21] = CHUNK, loop
         if follower is not None:
             moves = [b.data_ptr() - a.data_ptr() for a, b in zip(packed.parts, follower.parts, strict=True)]
             record[8], record[29] = cols * count, moves[0] // 2
@@ -271,17 +296,21 @@ class _Draft:
         return record
 
 
-def _tile(record: list[int], p: int, width: int, grouped: bool) -> tuple[int, str]:
-    """Columns of a tile of plane `p` that share a scale, and how such tiles lie in memory."""
-    span = max(16, 8 * width) * (16 // width)
-    cols, group = record[8], record[10]
-    aligned = record[p] % 16 == 0 and -(-cols * width // 32) % 4 == 0 and cols % span == 0
-    if not grouped or group % span == 0:
-        return span, "whole" if aligned else "masked"
-    if width == 1 and group == span // 2 and aligned:
-        return span, "halves"
-    step = max(step for step in range(16, span + 1, 16) if group % step == 0)
-    return step, "masked"
+def panel_line(cols: int, width: int) -> int:
+    """16-bit numbers of a row's line in the panel that codes of a width multiply; see packed_loops.spread."""
+    span, wide = 256 if width == 1 else 128, -(-cols // CHUNK) * CHUNK
+    chunks = wide // span
+    return chunks * span * (2 if width == 8 else 1) + -(-chunks * 4 // 8) * 8
+
+
+def _tiles(record: list[int]) -> str:
+    """How the tiles of a matrix lie, of 128 columns, or 256 of 1-bit codes, where a tile's share their scales."""
+    cols, group, bits = record[8], record[10], record[9]
+    span = 256 if bits == 1 else 128
+    if group < cols and group % span:
+        return "other"
+    whole = record[0] % 16 == 0 and -(-cols * bits // 32) % 4 == 0 and cols % span == 0
+    return "whole" if whole else "ragged"
 
 
 def _runs(blocks: Sequence[Packed]) -> list[tuple[int, int]]:

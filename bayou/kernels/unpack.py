@@ -6,12 +6,13 @@ in fp32, rounded once; the plain version is Packed.unpack, the Triton one in ent
 slot: those of "shrink" make V (ranks, in), those of "expand" U (out, ranks), that of "dense" the term (out, in).
 """
 
-import torch
 from torch import Tensor
 
 from bayou.kernels.table import FIELDS, Table
 
-TALL, WIDE = 16, 128
+TALL, WIDE = 32, 128
+EVEN = 64
+"""Ranks are made a multiple of this, by zeros: cuBLAS is several times slower on odd numbers of them."""
 
 
 def unpack(table: Table, stage: str, record: int, count: int, out: Tensor) -> None:
@@ -25,15 +26,17 @@ def unpack(table: Table, stage: str, record: int, count: int, out: Tensor) -> No
 
 def product(table: Table, x: Tensor) -> Tensor:
     """x (rows, in) bf16 or fp16 -> the product with the only projection of slot 0 (rows, out), in x's dtype."""
-    (out_features, in_features), ranks = table.shapes[0], table.ranks
-    y = x.new_zeros(x.shape[0], out_features)
+    (out_features, in_features), ranks = table.shapes[0], table.packed_ranks
+    even = -(-ranks // EVEN) * EVEN
+    y = None
     if ranks:
-        v, u = x.new_empty(ranks, in_features), x.new_empty(out_features, ranks)
+        v, u = x.new_empty(even, in_features), x.new_empty(out_features, even)
+        v[ranks:], u[:, ranks:] = 0, 0
         unpack(table, "shrink", 0, table.lists["shrink"][0].shape[1], v)
         unpack(table, "expand", 0, table.lists["expand"][0].shape[1], u)
-        torch.mm(x @ v.T, u.T, out=y)
+        y = (x @ v.T) @ u.T
     for record in range(table.lists["dense"][0].shape[1]):
         whole = x.new_empty(out_features, in_features)
         unpack(table, "dense", record, 1, whole)
-        y.addmm_(x, whole.T)
-    return y
+        y = x @ whole.T if y is None else y.addmm_(x, whole.T)
+    return x.new_zeros(x.shape[0], out_features) if y is None else y
