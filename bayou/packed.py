@@ -206,15 +206,17 @@ class Packed:
         values = codes - middle
         return values * self._spread(self.parts[planes][rows].float()) if groups else values
 
-    def raw(self) -> tuple[Tensor, Tensor | None]:
-        """The codes (rows, cols) and, where there are any, the zero points (rows, groups), uint8."""
-        planes = len(PLANES[self.spec.bits])
-        codes = _unpack(self.parts[:planes], self.spec.bits, self.shape[1])
+    def raw_codes(self) -> Tensor:
+        """The codes (rows, cols), uint8."""
+        return _unpack(self.parts[: len(PLANES[self.spec.bits])], self.spec.bits, self.shape[1])
+
+    def zero_points(self) -> Tensor | None:
+        """The zero points (rows, groups), uint8, where there are any."""
         if not self.spec.zeros:
-            return codes, None
+            return None
         groups = self.spec.groups(self.shape[1])
-        zeros = _unpack(self.parts[planes + 1 :], self.spec.bits, self.shape[0] * groups)
-        return codes, zeros.view(self.shape[0], groups)
+        found = _unpack(self.parts[len(PLANES[self.spec.bits]) + 1 :], self.spec.bits, self.shape[0] * groups)
+        return found.view(self.shape[0], groups)
 
     def _spread(self, per_group: Tensor) -> Tensor:
         """(rows, groups) -> (rows, cols), or (rows, 1) where a row has one group."""

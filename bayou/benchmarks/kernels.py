@@ -139,7 +139,7 @@ def tuned(groups: Sequence[Group]) -> list[dict[str, Any]]:
     # Compiling is most of the time, and threads share it; what fails here fails again below, and is told of there.
     with ThreadPoolExecutor(12) as pool:
         pairs = [("shrink", (c, tuning.REST[0])) for c in tuning.SHRINK]
-        pairs += [("rest", (tuning.Choice(split=split), c)) for c in tuning.REST for split in (1, 4, 8)]
+        pairs += [("rest", (tuning.SHRINK[0], c)) for c in tuning.REST]
         list(pool.map(lambda each: compiled(*each), pairs))
     failed: list[dict[str, Any]] = []
     _, tried = tuning.tune(first.table.key, first.tenants, 1, measure)

@@ -17,52 +17,66 @@ def spread(
     src, src_stride, slice_stride, cols, wide, o1, o2, o4, o8,
     WIDTHS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Write C columns of a row of x, the sum of SLICES, into the panel of each width in WIDTHS.
+    """Write C columns of a row of x into the panel of each width in WIDTHS; first add its SLICES, where there are any."""
+    if SLICES > 1:
+        column = tl.program_id(1) * C + tl.arange(0, C)
+        at = src + tl.program_id(0).to(tl.int64) * src_stride + column
+        x = tl.load(at, mask=column < cols, other=0.0)
+        for i in tl.static_range(1, SLICES):
+            x += tl.load(at + i * slice_stride, mask=column < cols, other=0.0)
+        tl.store(at, x, mask=column < cols)
+        tl.debug_barrier()  # other threads read it below
+    common = src, src_stride, cols, wide
+    if WIDTHS & 1:
+        panel(o1, *common, 1, PARTS, C)
+    if WIDTHS & 2:
+        panel(o2, *common, 2, PARTS, C)
+    if WIDTHS & 4:
+        panel(o4, *common, 4, PARTS, C)
+    if WIDTHS & 8:
+        panel(o8, *common, 8, PARTS, C)
 
-    A panel's line (a row's part, PARTS of them a row) has, for each chunk of 128 columns (256 for 1-bit codes), the
+
+@triton.jit
+def panel(
+    out, src, src_stride, cols, wide, WIDTH: tl.constexpr, PARTS: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """A panel's line (a row's part, PARTS of them a row) has, for each chunk of 128 columns (256 for 1-bit codes), the
     number x * 2^-up that the k-th code of word j multiplies at k * J + j. After all chunks, as fp32, for each chunk:
-    128 times their sum, and half the sum of the chunk's x.
+    128 times their sum, and the sum of the chunk's x.
     """
+    SPAN: tl.constexpr = 256 if WIDTH == 1 else 128
+    CODES: tl.constexpr = 16 // WIDTH  # in a word
+    TWICE: tl.constexpr = 2 if WIDTH == 8 else 1  # a code of 8 bits is two of 4
+    BITS: tl.constexpr = 4 if WIDTH == 8 else WIDTH
+    J: tl.constexpr = SPAN // CODES
+    LINE: tl.constexpr = SPAN * TWICE
+    CHUNKS: tl.constexpr = C // SPAN
+    LIFT: tl.constexpr = 7 // BITS
     row = tl.program_id(0)
     start = tl.program_id(1) * C
-    for w in tl.static_range(4):
-        if (WIDTHS >> w) & 1:
-            WIDTH: tl.constexpr = 1 << w
-            SPAN: tl.constexpr = 256 if WIDTH == 1 else 128
-            CODES: tl.constexpr = 16 // WIDTH  # in a word
-            TWICE: tl.constexpr = 2 if WIDTH == 8 else 1  # a code of 8 bits is two of 4
-            J: tl.constexpr = SPAN // CODES
-            LINE: tl.constexpr = SPAN * TWICE
-            CHUNKS: tl.constexpr = C // SPAN
-            LIFT: tl.constexpr = 7 // (4 if WIDTH == 8 else WIDTH)
-            e = tl.arange(0, C * TWICE)
-            k = e % LINE // J
-            column = start + e // LINE * SPAN + e % J * CODES + k // TWICE
-            at = src + row.to(tl.int64) * src_stride + column
-            inside = column < cols
-            x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-            for i in tl.static_range(1, SLICES):
-                x += tl.load(at + i * slice_stride, mask=inside, other=0.0).to(tl.float32)
-            if TWICE == 2:
-                x *= tl.where(k % 2 == 1, 16.0, 1.0)
-            up = k % LIFT * (4 if WIDTH == 8 else WIDTH)
-            power = (1 << up).to(tl.float32)
-            chunks = wide // SPAN
-            line = chunks * LINE + (chunks * 4 + 7) // 8 * 8
-            out = o1 if WIDTH == 1 else o2 if WIDTH == 2 else o4 if WIDTH == 4 else o8
-            for part in tl.static_range(PARTS):
-                piece = x.to(tl.bfloat16)
-                to = out + (row * PARTS + part).to(tl.int64) * line
-                lifted = piece.to(tl.float32) / power
-                tl.store(to + start * TWICE + e, lifted.to(tl.bfloat16))
-                once = piece.to(tl.float32)
-                if TWICE == 2:
-                    once = tl.where(k % 2 == 0, once, 0.0)
-                sums = (to + chunks * LINE).to(tl.pointer_type(tl.float32)) + start // SPAN * 2
-                c = tl.arange(0, CHUNKS)
-                tl.store(sums + 2 * c, 128.0 * tl.sum(tl.reshape(lifted, (CHUNKS, LINE)), 1))
-                tl.store(sums + 2 * c + 1, 0.5 * tl.sum(tl.reshape(once, (CHUNKS, LINE)), 1))
-                x -= piece.to(tl.float32)
+    e = tl.arange(0, C * TWICE)
+    k = e % LINE // J
+    column = start + e // LINE * SPAN + e % J * CODES + k // TWICE
+    at = src + row.to(tl.int64) * src_stride + column
+    x = tl.load(at, mask=column < cols, other=0.0).to(tl.float32)
+    if TWICE == 2:
+        x *= tl.where(k % 2 == 1, 16.0, 1.0)
+    power = (1 << (k % LIFT * BITS)).to(tl.float32)
+    chunks = wide // SPAN
+    line = chunks * LINE + (chunks * 4 + 7) // 8 * 8
+    c = tl.arange(0, CHUNKS)
+    for part in tl.static_range(PARTS):
+        once = x.to(tl.bfloat16).to(tl.float32)
+        x -= once
+        to = out + (row * PARTS + part).to(tl.int64) * line
+        lower = once / power
+        tl.store(to + start * TWICE + e, lower.to(tl.bfloat16))
+        if TWICE == 2:
+            once = tl.where(k % 2 == 0, once, 0.0)
+        sums = (to + chunks * LINE).to(tl.pointer_type(tl.float32)) + start // SPAN * 2
+        tl.store(sums + 2 * c, 128.0 * tl.sum(tl.reshape(lower, (CHUNKS, LINE)), 1))
+        tl.store(sums + 2 * c + 1, tl.sum(tl.reshape(once, (CHUNKS, LINE)), 1))
 
 
 @triton.jit
@@ -90,7 +104,7 @@ def lifted(tile, K: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr, DOT: tl
 
 @triton.jit
 def stream(
-    acc, panel, rec, row, factor, lines, position, wide, start, stop,
+    acc, panel, rec, m, row, factor, lines, position, wide, start, stop,
     WIDTH: tl.constexpr, LIES: tl.constexpr, M: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     ASM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
@@ -106,50 +120,27 @@ def stream(
     TWICE: tl.constexpr = 2 if WIDTH == 8 else 1
     J: tl.constexpr = SPAN // CODES
     LINE: tl.constexpr = SPAN * TWICE
-    LOG: tl.constexpr = 2 if WIDTH == 8 else 3 if WIDTH == 4 else 4 if WIDTH == 2 else 5  # an int32 holds 2^LOG codes
     chunks = wide // SPAN
     line = chunks * LINE + (chunks * 4 + 7) // 8 * 8
     x_at = panel + tl.multiple_of(lines * line, 8) + tl.multiple_of(position * TWICE, 8)
     sums_at = (panel + lines * line + chunks * LINE).to(tl.pointer_type(tl.float32)) + position // SPAN * 2
     cols = tl.load(rec + 8).to(tl.int32)
-    group = tl.load(rec + 10).to(tl.int32)
-    groups = tl.load(rec + 11).to(tl.int32)
-    scale_at = tl.load(rec + 3)
-    zero_at = tl.load(rec + 4)
-    first_zero = tl.load(rec + 16).to(tl.int32)
+    marks_line = tl.load(rec + 6).to(tl.int32)
     words = tl.load(rec).to(tl.pointer_type(tl.int16))
-    scales = scale_at.to(tl.pointer_type(tl.float16))
-    zeros = zero_at.to(tl.pointer_type(tl.int32))
     stride = (cols * WIDTH + 31) // 32 * 2
-    run, run_scales, run_zeros = 0, 0, 0
+    run = 0
     if LIES == 1:
         stride = J
         run = tl.multiple_of(tl.load(rec + 29), 8)
-        run_scales = tl.load(rec + 30)
-        run_zeros = tl.load(rec + 31)
-        group = 1 << 30
     elif LIES == 0:
         stride = tl.multiple_of(stride, 8)
+    marks = tl.load(rec + 5).to(tl.pointer_type(tl.int32)) + tl.load(rec + 23) + m
+    real = m < tl.load(rec + 7).to(tl.int32)
     j = tl.arange(0, J)
     at = words + row.to(tl.int64)[:, None] * stride + j[None, :]
-    has_scale = (row >= 0) & (scale_at != 0)
-    has_zero = (row >= 0) & (zero_at != 0)
-    index = row * groups + start // group
-    spot = index + first_zero
-    scale = tl.load(scales + start // SPAN * run_scales + index, mask=has_scale, other=1.0)
-    zero = tl.load(zeros + start // SPAN * run_zeros + (spot >> LOG), mask=has_zero, other=0)
-    final = (stop - 1) // SPAN * SPAN
     for c in tl.range(start, stop, SPAN, num_stages=STAGES):
         chunk = c // SPAN
-        s = factor * scale.to(tl.float32)
-        code = (zero >> ((spot & (32 // WIDTH - 1)) * WIDTH)) & ((1 << WIDTH) - 1)
-        z = tl.where(has_zero, code * 2, (1 << WIDTH) - 1).to(tl.float32)
-        # The next tile's are on their way while this one is multiplied.
-        after = tl.minimum(c + SPAN, final)
-        index = row * groups + after // group
-        scale = tl.load(scales + after // SPAN * run_scales + index, mask=has_scale, other=1.0)
-        spot = index + first_zero
-        zero = tl.load(zeros + after // SPAN * run_zeros + (spot >> LOG), mask=has_zero, other=0)
+        mark = tl.load(marks + chunk * marks_line, mask=real, other=0)
         if LIES == 2:
             # What lies beyond the last column is multiplied by zeros of the panel.
             ok = tl.max_constancy(chunk * J + j < stride, 2)
@@ -165,18 +156,17 @@ def stream(
             b = tl.load(tl.max_contiguous(tl.multiple_of(b_at, (16, 1)), (16, 1)))
             total = tl.dot(lifted(tile, k, BITS, ASM, DOT), b.to(DOT), total)
         whole = tl.load(sums_at + 2 * chunk)
-        half = tl.load(sums_at + 2 * chunk + 1)
-        acc += (total - whole[None, :] - z[:, None] * half[None, :]) * s[:, None]
+        sum_x = tl.load(sums_at + 2 * chunk + 1)
+        s = (mark & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * factor
+        z = (mark >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        acc += (total - whole[None, :] - z[:, None] * sum_x[None, :]) * s[:, None]
     return acc
 
 
 @triton.jit
-def gathered(src, rows, column, ok, scale, slice_stride, SLICES: tl.constexpr, SCALED: tl.constexpr):
-    """x of some columns (K, N), fp32: the sum of the slices, times the input scale."""
-    at = src + rows[None, :] + column[:, None]
-    x = tl.load(at, mask=ok[:, None], other=0.0).to(tl.float32)
-    for i in tl.static_range(1, SLICES):
-        x += tl.load(at + i * slice_stride, mask=ok[:, None], other=0.0).to(tl.float32)
+def gathered(src, rows, column, ok, scale, SCALED: tl.constexpr):
+    """x of some columns (K, N), fp32, times the input scale."""
+    x = tl.load(src + rows[None, :] + column[:, None], mask=ok[:, None], other=0.0).to(tl.float32)
     if SCALED and scale != 0:
         scales = scale.to(tl.pointer_type(tl.float16))
         x *= tl.load(scales + column, mask=ok, other=0.0).to(tl.float32)[:, None]
@@ -185,11 +175,10 @@ def gathered(src, rows, column, ok, scale, slice_stride, SLICES: tl.constexpr, S
 
 @triton.jit
 def twofold(
-    acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS: tl.constexpr, SLICES: tl.constexpr,
-    SCALED: tl.constexpr, DOT: tl.constexpr,
+    acc, a, factor, src, rows, part, column, ok, scale_in, PARTS: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * a @ x for fp32 a (M, K), as two bf16 parts."""
-    x = gathered(src, rows, column, ok, scale_in, slice_stride, SLICES, SCALED)
+    x = gathered(src, rows, column, ok, scale_in, SCALED)
     b = x.to(tl.bfloat16)
     if PARTS == 2:
         b = tl.where((part == 1)[None, :], (x - b.to(tl.float32)).to(tl.bfloat16), b)
@@ -201,8 +190,8 @@ def twofold(
 
 @triton.jit
 def floats(
-    acc, rec, kind, row, factor, src, rows, part, scale_in, slice_stride, start, stop,
-    PARTS: tl.constexpr, SLICES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    acc, rec, kind, row, factor, src, rows, part, scale_in, start, stop,
+    PARTS: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * block @ x for a block of floats."""
     cols = tl.load(rec + 8).to(tl.int32)
@@ -219,15 +208,15 @@ def floats(
         else:
             a = tl.load(first.to(tl.pointer_type(tl.float32)) + at, mask=ok[None, :], other=0.0)
         acc = twofold(
-            acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
+            acc, a, factor, src, rows, part, column, ok, scale_in, PARTS, SCALED, DOT
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def codes(
-    acc, rec, row, factor, src, rows, part, scale_in, slice_stride, start, stop,
-    PARTS: tl.constexpr, SLICES: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
+    acc, rec, row, factor, src, rows, part, scale_in, start, stop,
+    PARTS: tl.constexpr, SCALED: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """acc + factor * block @ x for any codes, whatever shares their scales: right, not fast."""
     cols = tl.load(rec + 8).to(tl.int32)
@@ -256,7 +245,7 @@ def codes(
         a = code.to(tl.float32) - 0.5 * twice.to(tl.float32)
         a *= tl.load(scales + index, mask=there & (scale_at != 0), other=1.0).to(tl.float32)
         acc = twofold(
-            acc, a, factor, src, rows, part, column, ok, scale_in, slice_stride, PARTS, SLICES, SCALED, DOT
+            acc, a, factor, src, rows, part, column, ok, scale_in, PARTS, SCALED, DOT
         )  # fmt: skip
     return acc
 
@@ -271,7 +260,7 @@ def product(
     table, bounds, records, src, src_stride, slice_stride, wide, p1, p2, p4, p8, y0, y1, y2, y3, s0, s1, s2, s3,
     e0, e1, e2, offsets, slots, row_tiles, count,
     SHRINK: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, MOST: tl.constexpr,
-    ROWS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
+    ROWS: tl.constexpr, PARTS: tl.constexpr, SPLIT: tl.constexpr, SCALED: tl.constexpr,
     STAGES: tl.constexpr, LOOPS: tl.constexpr, ASM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     N: tl.constexpr = ROWS * PARTS
@@ -331,7 +320,7 @@ def product(
                     chunk = tl.cdiv(tl.cdiv(cols, SPLIT), unit) * unit
                     start = tl.program_id(2) * chunk
                     stop = tl.minimum(cols, start + chunk)
-                common = rec, row, factor, parts, position, wide, start, stop
+                common = rec, m0 + tl.arange(0, M), row, factor, parts, position, wide, start, stop
                 if start < stop:
                     if loop > 0:
                         if (LOOPS >> 1) & 1:
@@ -357,20 +346,20 @@ def product(
                                 acc = stream(acc, p4, *common, 4, 2, M, N, 1, ASM, DOT)
                         if (LOOPS >> 8) & 1:
                             if loop == 8:
-                                acc = stream(acc, p8, *common, 8, 0, M, N, STAGES, ASM, DOT)
+                                acc = stream(acc, p8, *common, 8, 0, M, N, 2, ASM, DOT)
                         if (LOOPS >> 9) & 1:
                             if loop == 9:
                                 acc = stream(acc, p8, *common, 8, 2, M, N, 1, ASM, DOT)
                     elif kind == 2:
                         if (LOOPS >> 10) & 1:
                             acc = codes(
-                                acc, rec, row, factor, src, lines + position, part, scale_in, slice_stride, start,
-                                stop, PARTS, SLICES, SCALED, DOT,
+                                acc, rec, row, factor, src, lines + position, part, scale_in, start, stop,
+                                PARTS, SCALED, DOT,
                             )  # fmt: skip
                     elif (LOOPS >> 11) & 1:
                         acc = floats(
-                            acc, rec, kind, row, factor, src, lines + position, part, scale_in, slice_stride, start,
-                            stop, PARTS, SLICES, SCALED, DOT,
+                            acc, rec, kind, row, factor, src, lines + position, part, scale_in, start, stop,
+                            PARTS, SCALED, DOT,
                         )  # fmt: skip
         top = out_rows
         if SHRINK:  # zeros where the record's place among the ranks goes on: panels have whole chunks

@@ -8,7 +8,7 @@ For the rows x_s (n, in) of segment s, which belong to the delta in slot d(s), a
 with u, v and weight as they are stored. Two launches serve all LowRank terms of all projections: *shrink* writes
 t = x @ v.T in fp32, *expand* adds t @ u.T; Dense terms take one more. Every program owns its outputs, so there are no
 atomics and sums come in a fixed order: where shrink needs more programs than there are blocks of ranks, it cuts the
-columns in SPLIT parts, each with a t of its own, which are added as t is read.
+columns in SPLIT parts, each with a t of its own, which *ranks* adds.
 
 How codes become numbers. A tile of the codes is read as 16-bit words, and code k of word j is column j*(16/w) + k. So
 the k-th codes of all words are a matrix, which multiplies every (16/w)-th element of x. Two words lie in a register;
@@ -217,7 +217,6 @@ def launch(
         MOST=BLOCK,
         ROWS=rows,
         PARTS=parts,
-        SLICES=split if stage == "expand" else 1,
         SPLIT=split if stage == "shrink" else 1,
         SCALED=table.scaled and stage != "expand",
         STAGES=mine.stages,

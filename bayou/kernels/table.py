@@ -101,7 +101,7 @@ class Table:
         found = [stage for stage, (records, _) in self.lists.items() if records.shape[1]]
         if self.widths("inputs"):
             found.insert(0, "inputs")
-        if self.widths("ranks"):
+        if "expand" in found:
             found.insert(found.index("expand"), "ranks")
         return tuple(found)
 
@@ -183,6 +183,7 @@ class _Draft:
         self.packed_ranks = 0
         self.scaled = False
         self.kept: list[Any] = []
+        self._made: dict[int, Tensor] = {}
 
     def close(self) -> None:
         """A projection's terms are all there."""
@@ -205,8 +206,8 @@ class _Draft:
             u, v = blocks[first]
             if (u.shape[0], v.shape[1]) != shape or u.shape[1] != v.shape[0]:
                 raise BadInput(f"a block of {u.shape} times {v.shape} was given for a projection of {shape}")
-            follower = blocks[first + 1][0] if last - first > 1 else None
-            record = self._record("expand", u, term.gain, scale_out=scale_out, count=last - first, follower=follower)
+            run = [u for u, _ in blocks[first:last]]
+            record = self._record("expand", u, term.gain, scale_out=scale_out, run=run)
             self.ranks = -(-self.ranks // BLOCK) * BLOCK  # chunks of a panel begin there
             record[13], record[22] = self.ranks, self.packed_ranks
             self.records["expand"].append(record)
@@ -224,10 +225,9 @@ class _Draft:
         if len(PLANES.get(bits, ())) < 2:
             return packed
         wide = replace(packed.spec, bits=4 if bits == 3 else 8)
-        codes, zeros = packed.raw()
         middle = 0 if packed.spec.zeros else (1 << (wide.bits - 1)) - (1 << (bits - 1))
         scales = packed.parts[len(PLANES[bits])] if packed.spec.groups(packed.shape[1]) else None
-        return Packed.codes(codes + middle, wide, scales, zeros)
+        return Packed.codes(packed.raw_codes() + middle, wide, scales, packed.zero_points())
 
     def _scale(self, scale: Tensor | None) -> int:
         if scale is None:
@@ -244,16 +244,16 @@ class _Draft:
         scale_in: int = 0,
         scale_out: int = 0,
         start: int | None = None,
-        count: int = 1,
-        follower: Packed | None = None,
+        run: Sequence[Packed] = (),
     ) -> list[int]:
-        """What the kernels know of a matrix, or of its BLOCK rows from `start` on, or of a run of `count` of its kind.
+        """What the kernels know of a matrix, or of its BLOCK rows from `start` on, or of a `run` that begins with it.
 
-        0 codes, or floats; 3 scales; 4 zero points; 7 rows; 8 columns; 9 bits; 10 columns that share a scale; 11 scales
-        a row; 12 kind: 0 or 2 codes, 3-5 floats; 13, 14 where its input and output begin; 15 columns that must stay
-        together; 16 first zero point; 17 gain, the bits of an fp32; 18, 19 output and input scales; 20 1 + log2 of a
-        code's width; 21 its loop, 0 for those of `kind`; 22 its place among the ranks, without gaps; 29-31 from one
-        matrix of a run to the next: 16-bit words, scales, words of zero points.
+        0 codes, or floats; 3 scales; 4 zero points; 5 marks; 6 marks of a tile; 7 rows; 8 columns; 9 bits; 10 columns
+        that share a scale; 11 scales a row; 12 kind: 0 or 2 codes, 3-5 floats; 13, 14 where its input and output begin;
+        15 columns that must stay together; 16 first zero point; 17 gain, the bits of an fp32; 18, 19 output and input
+        scales; 20 1 + log2 of a code's width; 21 its loop, 0 for those of `kind`; 22 its place among the ranks, without
+        gaps; 23 first mark; 29-31 from one matrix of a run to the next: 16-bit words,
+        scales, words of zero points.
         """
         if any(part.device != self.device or not part.is_contiguous() for part in packed.parts):
             raise BadInput(f"deltas on {packed.parts[0].device} were given to a table on {self.device}")
@@ -282,18 +282,46 @@ class _Draft:
             record[4] = packed.parts[2].data_ptr()
         record[16] = row * groups
         record[20] = spec.bits.bit_length()
-        lies = "other" if scale_in else "run" if follower is not None else _tiles(record)
+        lies = "other" if scale_in else "run" if len(run) > 1 else _tiles(record)
         loop = LOOPS.get((spec.bits, lies), CODES)
         self.loops[stage] |= 1 << loop
         if loop == CODES:
             record[12] = 2
             return record
         record[15], record[21] = CHUNK, loop
-        if follower is not None:
-            moves = [b.data_ptr() - a.data_ptr() for a, b in zip(packed.parts, follower.parts, strict=True)]
-            record[8], record[29] = cols * count, moves[0] // 2
+        marks = self._marks(run or (packed,))
+        record[5], record[6], record[23] = marks.data_ptr(), marks.shape[1] if marks.shape[0] > 1 else 0, row
+        if len(run) > 1:
+            moves = [b.data_ptr() - a.data_ptr() for a, b in zip(packed.parts, run[1].parts, strict=True)]
+            record[8], record[29] = cols * len(run), moves[0] // 2
             record[30:32] = [moves[1] // 2 if groups else 0, moves[2] // 4 if spec.zeros else 0]
         return record
+
+    def _marks(self, run: Sequence[Packed]) -> Tensor:
+        """Scale and zero point of each tile and row, two fp16 in an int32: (tiles of all matrices, rows), or (1, rows).
+
+        Rows lie together, since that is what a tile reads: the scales as they are stored would be one sector of memory
+        a number.
+        """
+        known = self._made.get(id(run[0]))
+        if known is None:
+            parts = []
+            for packed in run:
+                groups = max(1, packed.spec.groups(packed.shape[1]))
+                scales = torch.ones(packed.shape[0], groups, dtype=torch.float16, device=self.device)
+                zeros = torch.full_like(scales, (2**packed.spec.bits - 1) / 2)
+                if packed.spec.groups(packed.shape[1]):
+                    scales = packed.parts[1]
+                if (points := packed.zero_points()) is not None:
+                    zeros = points.to(torch.float16)
+                marks = torch.stack([scales, zeros], dim=-1).view(torch.int32)[..., 0].T
+                if groups > 1:
+                    span = 256 if packed.spec.bits == 1 else 128
+                    marks = marks.repeat_interleave(int(packed.spec.group or 0) // span, dim=0)
+                parts.append(marks)
+            known = self._made[id(run[0])] = torch.cat(parts).contiguous()
+            self.kept.append(known)
+        return known
 
 
 def panel_line(cols: int, width: int) -> int:

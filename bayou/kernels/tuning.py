@@ -47,16 +47,17 @@ def _default(segments: int, most: int) -> Pair:
     """Small tiles where there are few programs, and columns in parts where there are very few."""
     if most > 4:
         return Choice(64, 4, 2, 4 if segments * most <= 64 else 1), Choice(64, 4, 2)
-    split = 8 if segments <= 2 else 2 if segments <= 8 else 1
-    return Choice(64, 2, 3, split), Choice(64, 2, 3)
+    if segments <= 2:
+        return Choice(32, 1, 3, 8), Choice(32, 1, 3)
+    return Choice(64, 2, 3, 2 if segments <= 8 else 1), Choice(64, 2, 3)
 
 
-_TILES = ((32, 1, 128), (64, 1, 168), (64, 2, 128), (128, 2, 168), (128, 4, 128))
+_TILES = ((32, 1, 128), (32, 1, 96), (64, 1, 168), (64, 2, 128), (64, 2, 96), (128, 2, 168), (128, 4, 128))
 SHRINK = tuple(
     Choice(tile, warps, stages, split, registers)
     for tile, warps, registers in _TILES
     for stages in (3, 4)
-    for split in (1, 4, 8)
+    for split in (1, 4)
 )
 REST = tuple(
     Choice(tile, warps, stages, 1, registers)
