@@ -35,8 +35,9 @@ constraints/%.txt:
 	@echo "Bayou needs Python 3.11, 3.12 or 3.13; '$(PYTHON)' is $*: choose one with make PYTHON=/path/to/python3.11" >&2
 	@exit 1
 
+# A file's tests run in one process, for what they share is made once then: some of it takes minutes.
 test: check
-	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --cov --cov-report=term:skip-covered --cov-fail-under=90
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term:skip-covered --cov-fail-under=90
 
 check: setup
 	$(BIN) -m ruff check .
@@ -44,7 +45,7 @@ check: setup
 	$(BIN) -m mypy
 
 quick: setup
-	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m "not slow and not torture and not testbed"
+	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not torture and not testbed"
 
 torture: setup
 	OMP_NUM_THREADS=1 $(BIN) -m pytest -n $(JOBS) -m torture

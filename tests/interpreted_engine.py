@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import tenants
+from interpreter import stop_measuring
 from tenants import Asked, alone, greedy, prompts
 
 from bayou.serving import tables
@@ -24,6 +25,7 @@ KERNELS = ("packed_product", "row_norm", "rotary", "decode_attention", "row_look
 
 def main(folder: Path, out: Path) -> None:
     """See above."""
+    stop_measuring()
     ran: Counter[str] = Counter()
     for name in KERNELS:
         module: Any = importlib.import_module(f"bayou.kernels.{name}")

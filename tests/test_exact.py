@@ -71,7 +71,7 @@ def test_odd_fine_tunes_come_back(changes: dict[str, Any], tmp_path: Path) -> No
 @pytest.mark.parametrize("old", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("new", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
 def test_any_dtype_over_any_other_comes_back(old: torch.dtype, new: torch.dtype, tmp_path: Path) -> None:
-    base = pico.pico("llama_gqa", tmp_path / "base", dtype=old)
+    base = pico.pico("llama_gqa", tmp_path / "base", dtype=old, num_hidden_layers=1)
     tuned = pico.perturb(base, tmp_path / "tuned")
     whole = {name: tensor.to(new) for name, tensor in load_file(tuned / "model.safetensors").items()}
     save_file(whole, tuned / "model.safetensors", metadata={"format": "pt"})
@@ -309,8 +309,8 @@ def test_the_forecast_pays_where_the_delta_is_of_low_rank_and_is_left_out_where_
         assert forecast.foretold(site(nothing)) == ("none", ())
 
 
-def test_the_test_bed_s_fine_tunes_take_less_than_a_quarter(testbed: Path, tmp_path: Path) -> None:
-    report = compress(testbed / "base", testbed / "intent", tmp_path / "a.bayou", method="exact")
-    assert report.ratio > 4.8  # as xz-coded steps of the test bed's own: 3.05
-    come_back(testbed / "base", testbed / "intent", tmp_path / "a.bayou", tmp_path / "out")
-    assert Checkpoint(tmp_path / "out").names() == Checkpoint(testbed / "intent").names()
+def test_the_test_bed_s_fine_tunes_take_less_than_a_quarter(shallow: Path, tmp_path: Path) -> None:
+    report = compress(shallow / "base", shallow / "intent", tmp_path / "a.bayou", method="exact")
+    assert report.ratio > 5.1  # 4.96 of whole models; as xz-coded steps of the test bed's own 3.05
+    come_back(shallow / "base", shallow / "intent", tmp_path / "a.bayou", tmp_path / "out")
+    assert Checkpoint(tmp_path / "out").names() == Checkpoint(shallow / "intent").names()

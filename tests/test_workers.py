@@ -1,13 +1,14 @@
 """workers.py: several processes share out the sites, and the file is that of one."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pico
 import pytest
 
+from bayou.compress import compress
 from bayou.journal import Journal
 from bayou.workers import Workers, joined, speaks
 
@@ -51,21 +52,15 @@ def test_a_guest_neither_makes_nor_removes_the_journal(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activations", ["finetuned", "compressed"])
-def test_two_processes_write_the_file_of_one(base: Path, tuned: Path, tmp_path: Path, activations: str) -> None:
-    options = ["compress", str(base), str(tuned), "--ratio", "4", "--tokens", "1024", "--length", "64"]
-    options += ["--activations", activations]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-
-    def run(out: Path, *launcher: str) -> str:
-        command = [sys.executable, "-m", *launcher, "bayou", *options, "-o", str(out)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    run(tmp_path / "one")
-    told = run(tmp_path / "two", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+def test_two_processes_write_the_file_of_one(base: Path, tuned: Path, tmp_path: Path, activations: Any) -> None:
+    compress(base, tuned, tmp_path / "one", ratio=4, tokens=1024, length=64, activations=activations)
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bayou", "compress"]
+    command += [str(base), str(tuned), "-o", str(tmp_path / "two"), "--ratio", "4", "--tokens", "1024"]
+    command += ["--length", "64", "--activations", activations]
+    done = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
-    assert told.count("matrices coded") == 1
+    assert done.stdout.count("matrices coded") == 1
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["one", "two"]
 
 
