@@ -17,7 +17,7 @@ def spread(
     src, src_stride, slice_stride, cols, wide, o1, o2, o4, o8,
     WIDTHS: tl.constexpr, PARTS: tl.constexpr, SLICES: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Write C columns of a row of x into the panel of each width in WIDTHS; first add its SLICES, where there are any."""
+    """Add the SLICES of C columns of a row of x, and write them into the panel of each width in WIDTHS."""
     if SLICES > 1:
         column = tl.program_id(1) * C + tl.arange(0, C)
         at = src + tl.program_id(0).to(tl.int64) * src_stride + column
