@@ -130,7 +130,8 @@ class Bench:
         found = [r for r in lines(self.results(f"tune{size}")) if r["config"]["rival"] == rival and not r["failed"]]
         if found:
             return float(min(found, key=lambda r: r["held_out"]["loss"])["config"]["rate"])
-        rate = sharing_runs.rates(sharing_runs.RIVALS.get(rival, {}).get("method", "deltallm"))[1]
+        options = sharing_runs.RIVALS.get(rival, {})
+        rate = sharing_runs.rates(options.get("method", "deltallm"), options.get("whole", False))[1]
         self.say(f"{rival} was not tuned (set tune{size}): rate {rate:g}")
         return rate
 

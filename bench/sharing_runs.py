@@ -40,6 +40,9 @@ RIVALS: dict[str, Run] = {
     "searched plan, all trained": {"method": "search", "kinds": "all", "pmr": None, "whole": True, "rest": 1.0},
     "no-base control": {"method": "deltallm", "init": "no-base", "pmr": "bernoulli"},
     **{name: {"method": name} for name in baselines.METHODS},
+    # The control of "all trained": the strongest rivals, trained whole as well.
+    "shortgpt, all trained": {"method": "shortgpt", "whole": True},
+    "lastlayers, all trained": {"method": "lastlayers", "whole": True},
 }
 RATES = {
     "deltallm": (3e-4, 1e-3, 3e-3),
@@ -51,9 +54,9 @@ RATES = {
 BLOCKS = (8, 12, 16, 20, 24)  # of deltallm.md 8(b)
 
 
-def rates(method: str) -> tuple[float, ...]:
-    """The three learning rates that a method is tuned over."""
-    return RATES.get(method, RATES["other"])
+def rates(method: str, whole: bool = False) -> tuple[float, ...]:
+    """The three learning rates that a method is tuned over; whole: with all of its parameters trained."""
+    return RATES["search"] if whole else RATES.get(method, RATES["other"])
 
 
 def runs(
@@ -86,7 +89,7 @@ def runs(
             {"name": f"{name} rate {rate:g}", "rival": name, **options, **common, "rate": rate}
             for rate_index in range(3)
             for name, options in RIVALS.items()
-            for rate in (rates(options["method"])[rate_index],)
+            for rate in (rates(options["method"], options.get("whole", False))[rate_index],)
         ]
     if which in ("main12", "main24"):
         size = which[4:]
@@ -257,7 +260,10 @@ class Maker:
         found = replace(self._rivals[key], model=copy.deepcopy(self._rivals[key].model))
         pupil = None
         if run["tokens"]:
-            trained = tuple(found.trainable(seed=run.get("seed", 0)))
+            if run.get("whole"):
+                trained = tuple(found.model.float().requires_grad_(True).parameters())
+            else:
+                trained = tuple(found.trainable(seed=run.get("seed", 0)))
             pupil = Pupil(run["name"], found.model, trained, run["rate"])
         described = {k: v for k, v in found.description.items() if k not in ("similarity", "block_influence")}
         return Subject(run, pupil, lambda: (found.finish(), None), found.parameters, described)
