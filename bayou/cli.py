@@ -80,9 +80,13 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")
     ] = "finetuned",
-    distill_steps: Annotated[
-        int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")
+    distill: Annotated[
+        float | None, typer.Option(help="Minutes of training scales, gains and norms to the fine-tune's logits.")
     ] = None,
+    distill_steps: Annotated[int | None, typer.Option(help="The same as a number of steps; 0 is none.")] = None,
+    distill_what: Annotated[
+        str, typer.Option(help="all; gains: BitDelta's recipe, which bitdelta has by itself (200 steps).")
+    ] = "all",
     entropy: Annotated[
         bool, typer.Option("--entropy", help="Code by entropy: smaller, a little slower to load.")
     ] = False,
@@ -122,7 +126,9 @@ def compress(
             tokens=tokens,
             length=length,
             activations=activations,  # type: ignore[arg-type]
+            distill=distill,
             distill_steps=distill_steps,
+            distill_what=distill_what,
             entropy=entropy,
             seed=seed,
             device=device,
@@ -136,8 +142,22 @@ def compress(
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
     print(f"  relative error of the delta: {errors or 'none'}")
+    if told := report.distilled:
+        print("  distilled: " + _distilled(told))
     print("  seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in report.steps.items()))
     _finish(as_json, report.json())
+
+
+def _distilled(told: dict[str, Any]) -> str:
+    """What distilling came to, in words."""
+    if "after" not in told:
+        return f"{told['what']}, {told['steps']} steps"
+    how = "{steps} steps on {tokens:,} tokens ({text}) in {seconds:.0f} s".format(**told)
+    if not told["kept"]:
+        return (
+            f"{how} did not help (KL {told['before']:.5f} on {told['held']} held-back windows); the file is as it was"
+        )
+    return "KL {before:.5f} -> {after:.5f} on {held} held-back windows; {how}".format(how=how, **told)
 
 
 @app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")
