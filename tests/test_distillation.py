@@ -45,7 +45,7 @@ def codes(file: Path) -> dict[str, list[Tensor]]:
 def test_the_kl_falls_on_text_that_training_has_not_seen(tmp_path: Path, kind: str) -> None:
     base = pico.pico(kind, tmp_path / "base")
     tuned = pico.perturb(base, tmp_path / "tuned", scale=0.1)
-    options = FEW | {"ratio": 3}  # a gpt2 of 128 words is mostly its positions
+    options = FEW | {"ratio": 3 if kind == "gpt2" else 6}  # a gpt2 of 128 words is mostly its positions
     plain = bayou.compress(base, tuned, tmp_path / "plain", **options)
     report = bayou.compress(base, tuned, tmp_path / "a", **options, distill_steps=60)
     told = report.distilled

@@ -33,7 +33,7 @@ Windows = Callable[[str | Path | Tensor | None, int, int], Tensor | None]
 
 
 @dataclass(frozen=True)
-class _Text:
+class Amounts:
     """How much text is taken. length: of a window; given: tokens of the user's text, at most; own: windows sampled, so
     many `together`; batch: windows a step; held: windows held back, at most."""
 
@@ -45,7 +45,7 @@ class _Text:
     held: int
 
 
-_CPU, _GPU = _Text(128, 2**18, 96, 32, 4, 16), _Text(512, 2**22, 768, 128, 8, 64)
+_CPU, _GPU = Amounts(128, 2**18, 96, 32, 4, 16), Amounts(512, 2**22, 768, 128, 8, 64)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Asked:
             return windows(calibration, self.steps * gains.BATCH * gains.LENGTH, gains.LENGTH)
         if calibration is None or (isinstance(calibration, str) and calibration == "none"):
             return None
-        size = _size(device)
+        size = amounts(device)
         found = windows(calibration, size.given, size.length)
         if found is None or len(found) < 2:
             raise BadInput(
@@ -147,7 +147,7 @@ class Asked:
         student = Student(base, file, places, dtype=dtype, device=device)
         if not student.values.parameters():
             return Distilled(report={"what": "all", "steps": 0, "text": "none", "kept": False})
-        started, size = time.monotonic(), _size(device.type)
+        started, size = time.monotonic(), amounts(device.type)
         until = None if self.minutes is None else started + 60 * self.minutes
         own = text is None
         if text is None:
@@ -170,7 +170,7 @@ class Asked:
         return Distilled(student.terms(), student.exact(), report) if kept else Distilled(report=report)
 
 
-def _size(device: str) -> _Text:
+def amounts(device: str) -> Amounts:
     return _CPU if torch.device(device).type == "cpu" else _GPU
 
 
