@@ -15,7 +15,7 @@ from bayou.attach import load
 from bayou.checkpoint import Checkpoint
 from bayou.delta import Delta, Dense, LowRank
 from bayou.deltafile import DeltaFile
-from bayou.distillation import samples, training
+from bayou.distillation import asked, samples, training
 from bayou.distillation.student import Student, TrainedDelta
 from bayou.distillation.training import Recipe
 from bayou.distillation.values import Values
@@ -143,16 +143,48 @@ def test_numbers_that_are_none_are_never_kept(
     assert (tmp_path / "a").read_bytes() == (tmp_path / "plain").read_bytes()
 
 
-def test_minutes_are_a_limit(base: Path, tuned: Path, tmp_path: Path) -> None:
-    """And the steps that fit can be asked for by their number: the bytes are the same."""
-    report = bayou.compress(base, tuned, tmp_path / "a", **FEW, distill=0.1)
-    told = report.distilled
-    assert 3 < told["seconds"] < 7.5 and told["steps"] > 10
-    assert told["tokens"] == told["steps"] * 4 * 32
+class Clock:
+    """Time that only steps (1 s, or `later` from the tenth on) and measurements (2 s) take."""
+
+    def __init__(self, monkeypatch: Any, later: float = 1.0) -> None:
+        self.now, self.later, self.done = 0.0, later, 0
+        for module in (training, asked):
+            monkeypatch.setattr(module, "time", self)
+        for name in ("_gradients", "_measure"):
+            monkeypatch.setattr(training._Run, name, self._taking(getattr(training._Run, name), name))
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _taking(self, real: Any, name: str) -> Any:
+        def taken(run: Any, *arguments: Any) -> Any:
+            self.done += name == "_gradients"
+            self.now += 2.0 if name == "_measure" else 1.0 if self.done < 10 else self.later
+            return real(run, *arguments)
+
+        return taken
+
+
+def test_minutes_are_a_limit(base: Path, tuned: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    """As many steps are taken as fit, and the same number of steps asked for gives the same bytes."""
+    with monkeypatch.context() as patch:
+        Clock(patch)
+        told = bayou.compress(base, tuned, tmp_path / "a", **FEW, distill=1).distilled
+        assert 52 < told["seconds"] <= 60 and 44 < told["steps"] == told["curve"][-1][0]
+        assert told["tokens"] == told["steps"] * 4 * 32
+        none = bayou.compress(base, tuned, tmp_path / "c", **FEW, distill=0.05).distilled
+        assert none["steps"] == 0 and not none["kept"] and none["seconds"] == 3
     bayou.compress(base, tuned, tmp_path / "b", **FEW, distill_steps=told["steps"])
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    none = bayou.compress(base, tuned, tmp_path / "c", **FEW, distill=1e-4).distilled
-    assert none["steps"] == 0 and not none["kept"]
+
+
+def test_a_machine_that_becomes_slower_stops_at_the_limit(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    Clock(monkeypatch, later=3.0)
+    told = bayou.compress(base, tuned, tmp_path / "a", **FEW, distill=1).distilled
+    assert 10 < told["steps"] < 30 and 50 < told["seconds"] <= 62
+    assert told["kept"] and told["after"] < told["before"]
 
 
 def test_an_interruption_loses_only_the_distilling(base: Path, tuned: Path, tmp_path: Path) -> None:
@@ -317,9 +349,9 @@ def test_what_cannot_be_distilled_is_refused_before_the_work(
 def test_logits_of_an_unknown_kind_are_refused_before_the_work(base: Path, tuned: Path, tmp_path: Path) -> None:
     model = skeleton.build(tuned)
     model.config.logit_scale = 0.5
-    asked = distillation.ask(lowrank, 5.0, None, "all", 0)
+    wanted = distillation.ask(lowrank, 5.0, None, "all", 0)
     with pytest.raises(Unsupported, match="multiplies its logits by logit_scale"):
-        asked.suits(model)
+        wanted.suits(model)
     distillation.ask(lowrank, None, None, "all", 0).suits(model)
 
 
