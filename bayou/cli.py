@@ -97,6 +97,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Write a fine-tune as one small file of differences from its base."""
+    from bayou import distillation
     from bayou.compress import EMBEDDING_RATE
     from bayou.compress import compress as run
     from bayou.restore import parse_size
@@ -143,21 +144,9 @@ def compress(
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
     print(f"  relative error of the delta: {errors or 'none'}")
     if told := report.distilled:
-        print("  distilled: " + _distilled(told))
+        print(f"  distilled: {distillation.words(told)}")
     print("  seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in report.steps.items()))
     _finish(as_json, report.json())
-
-
-def _distilled(told: dict[str, Any]) -> str:
-    """What distilling came to, in words."""
-    if "after" not in told:
-        return f"{told['what']}, {told['steps']} steps"
-    how = "{steps} steps on {tokens:,} tokens ({text}) in {seconds:.0f} s".format(**told)
-    if not told["kept"]:
-        return (
-            f"{how} did not help (KL {told['before']:.5f} on {told['held']} held-back windows); the file is as it was"
-        )
-    return "KL {before:.5f} -> {after:.5f} on {held} held-back windows; {how}".format(how=how, **told)
 
 
 @app.command(epilog="Example: bayou share org/model -o small.bayou --reduce 0.12 --layout sequential --kinds mlp")

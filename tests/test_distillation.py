@@ -1,5 +1,6 @@
 """Distilling: the KL to the fine-tune falls, the codes and the size stay, and what does not help is not kept."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import bayou
-from bayou import distillation, objective, skeleton
+from bayou import cli, distillation, objective, skeleton
 from bayou.attach import load
 from bayou.checkpoint import Checkpoint
 from bayou.delta import Delta, Dense, LowRank
@@ -110,6 +111,14 @@ def test_samples_are_seeded_and_begin_anew_after_an_end(tuned: Path) -> None:
     model.config.eos_token_id = list(range(pico.VOCAB))  # every token ends a text: the window's first comes again
     again = samples.windows(model, 2, 5, batch=2, seed=0)
     assert torch.equal(again, again[:, :1].expand(2, 5))
+
+
+def test_a_model_without_a_cache_samples_the_same(tuned: Path) -> None:
+    model = read_model(tuned)
+    wanted = samples.windows(model, 4, 12, batch=4, seed=0)
+    plain = model.forward
+    model.forward = lambda **given: plain(**given | {"use_cache": False})
+    assert torch.equal(samples.windows(model, 4, 12, batch=4, seed=0), wanted)
 
 
 def test_samples_follow_the_model_s_own_probabilities(tuned: Path) -> None:
@@ -353,6 +362,27 @@ def test_logits_of_an_unknown_kind_are_refused_before_the_work(base: Path, tuned
     with pytest.raises(Unsupported, match="multiplies its logits by logit_scale"):
         wanted.suits(model)
     distillation.ask(lowrank, None, None, "all", 0).suits(model)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_command_tells_what_came_of_it(base: Path, tuned: Path, tmp_path: Path, capsys: Any, steps: int) -> None:
+    words = ["compress", str(base), str(tuned), "-o", str(tmp_path / "a"), "--ratio", "6", "--calibration", "none"]
+    with pytest.raises(SystemExit):
+        cli.main([*words, *(["--distill-steps", "3"] if steps else ["--distill", "0.0001"]), "--json"])
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["distilled"]
+    assert found["steps"] == steps
+    if not steps:
+        assert "distilled: not one step fitted into the time" in out
+    else:
+        assert f"KL {found['before']:.5f} -> {found['after']:.5f} on 9 held-back windows; 3 steps on" in out
+
+
+def test_what_did_not_help_is_told() -> None:
+    told = {"what": "all", "text": "given", "kept": False, "before": 0.5, "after": 0.5, "steps": 7, "held": 2}
+    said = distillation.words(told | {"tokens": 1000, "seconds": 2.0})
+    assert said.endswith("did not help (KL 0.50000 on 2 held-back windows); the file is as it was")
+    assert distillation.words({"what": "gains", "steps": 200, "seconds": 1.0}) == "gains, 200 steps"
 
 
 def test_the_schedule_is_measured_so_often_and_no_oftener() -> None:

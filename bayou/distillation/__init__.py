@@ -9,6 +9,6 @@
 The file's size does not change: a scale is trained in fp32 and stored as the fp16 that it was.
 """
 
-from bayou.distillation.asked import Asked, Distilled, ask
+from bayou.distillation.asked import Asked, Distilled, ask, words
 
-__all__ = ["Asked", "Distilled", "ask"]
+__all__ = ["Asked", "Distilled", "ask", "words"]

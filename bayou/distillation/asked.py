@@ -146,7 +146,7 @@ class Asked:
         places = skeleton.places(teacher, file.tensors())
         student = Student(base, file, places, dtype=dtype, device=device)
         if not student.values.parameters():
-            return Distilled(report={"what": "all", "steps": 0, "text": "none", "kept": False})
+            return Distilled(report={"what": "nothing to train", "steps": 0, "kept": False})
         started, size = time.monotonic(), amounts(device.type)
         until = None if self.minutes is None else started + 60 * self.minutes
         own = text is None
@@ -195,3 +195,17 @@ def ask(method: ModuleType, minutes: float | None, steps: int | None, what: str,
             raise BadInput("--distill-what gains needs --distill-steps, e.g. 200")
         return Asked("gains", own, None, seed)
     return Asked(what, steps or 0, minutes, seed)
+
+
+def words(report: dict[str, Any]) -> str:
+    """The report of a distilling, for people."""
+    if "after" not in report:
+        return f"{report['what']}, {report['steps']} steps"
+    if not report["steps"]:
+        return "not one step fitted into the time; the file is as it was"
+    how = "{steps} steps on {tokens:,} tokens ({text}) in {seconds:.0f} s".format(**report)
+    if not report["kept"]:
+        return "{how} did not help (KL {before:.5f} on {held} held-back windows); the file is as it was".format(
+            how=how, **report
+        )
+    return "KL {before:.5f} -> {after:.5f} on {held} held-back windows; {how}".format(how=how, **report)

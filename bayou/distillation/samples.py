@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from bayou.errors import Unsupported
-
 
 @torch.no_grad()
 def windows(
@@ -26,7 +24,7 @@ def windows(
 ) -> Tensor:
     """(count, length) int64 token ids on the CPU, the same for the same seed and device.
 
-    progress: called with tokens a window done, and all. Raises Unsupported for a model that cannot go on from a cache.
+    progress: called with tokens a window done, and all.
     """
     config, device = model.config.get_text_config(), next(model.parameters()).device
     draw = torch.Generator(device=device).manual_seed(seed)
@@ -38,15 +36,17 @@ def windows(
         opening = torch.randint(config.vocab_size, (rows, 1), generator=draw, device=device)
         if start is not None:
             opening[::2] = start
-        ids, cache, made = opening, None, [opening]
+        made, cache = [opening], None
         for step in range(length - 1):
-            output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+            # A model without such a cache (Mamba) is given all of it again.
+            output = (
+                model(input_ids=torch.cat(made, dim=1), use_cache=True)
+                if cache is None
+                else model(input_ids=made[-1], past_key_values=cache, use_cache=True)
+            )
             cache = getattr(output, "past_key_values", None)
-            if cache is None:
-                raise Unsupported(f"{type(model).__name__} has no cache to sample with; give a text by --calibration")
             chosen = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1, generator=draw)
-            ids = torch.where(torch.isin(ids, ends), opening, chosen)
-            made.append(ids)
+            made.append(torch.where(torch.isin(made[-1], ends), opening, chosen))
             if progress is not None:
                 progress(first // batch * (length - 1) + step + 1, -(-count // batch) * (length - 1))
         found.append(torch.cat(made, dim=1).cpu())
