@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=64)
     parser.add_argument("--file", type=Path, help="distil this file instead of making one")
     parser.add_argument("--minutes", type=float, default=1)
+    parser.add_argument("--steps", type=int, help="so many, not minutes")
     parser.add_argument("--rates", type=float, nargs="+", default=[1.0])
     parser.add_argument("--batch", type=int, nargs="+", default=[0], help="windows a step; 0 is the device's own")
     parser.add_argument("--text", nargs="+", default=["task"], help="task, wikitext, own")
@@ -103,9 +104,10 @@ def main() -> None:
                     tell("not distilled", student.model, bytes=file.nbytes, seconds=seconds)
                     first = False
                 recipe = Recipe(rate=rate, batch=batch or size.batch, held_most=size.held)
-                until = time.monotonic() + 60 * a.minutes
-                outcome = train(student, teacher, texts[text], recipe, until=until)
-                name = f"{text}, {dtype}, rate {rate:g}, {recipe.batch} windows, {a.minutes:g} min"
+                until = None if a.steps else time.monotonic() + 60 * a.minutes
+                outcome = train(student, teacher, texts[text], recipe, steps=a.steps, until=until)
+                long = f"{a.steps} steps" if a.steps else f"{a.minutes:g} min"
+                name = f"{text}, {dtype}, rate {rate:g}, {recipe.batch} windows, {long}"
                 tell(name, student.model, bytes=file.nbytes, outcome=asdict(outcome))
                 if device.type == "cuda":
                     print(f"  {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB", flush=True)
