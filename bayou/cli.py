@@ -80,9 +80,13 @@ def compress(
     activations: Annotated[
         str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")
     ] = "finetuned",
-    distill_steps: Annotated[
-        int | None, typer.Option(help="Steps of scale distillation; 200 for bitdelta, else 0.")
+    distill: Annotated[
+        float | None, typer.Option(help="Minutes of training scales, gains and norms to the fine-tune's logits.")
     ] = None,
+    distill_steps: Annotated[int | None, typer.Option(help="The same as a number of steps; 0 is none.")] = None,
+    distill_what: Annotated[
+        str, typer.Option(help="all; gains: BitDelta's recipe, which bitdelta has by itself (200 steps).")
+    ] = "all",
     entropy: Annotated[
         bool, typer.Option("--entropy", help="Code by entropy: smaller, a little slower to load.")
     ] = False,
@@ -93,6 +97,7 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Write a fine-tune as one small file of differences from its base."""
+    from bayou import distillation
     from bayou.compress import EMBEDDING_RATE
     from bayou.compress import compress as run
     from bayou.restore import parse_size
@@ -122,7 +127,9 @@ def compress(
             tokens=tokens,
             length=length,
             activations=activations,  # type: ignore[arg-type]
+            distill=distill,
             distill_steps=distill_steps,
+            distill_what=distill_what,
             entropy=entropy,
             seed=seed,
             device=device,
@@ -136,6 +143,8 @@ def compress(
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
     print(f"  relative error of the delta: {errors or 'none'}")
+    if told := report.distilled:
+        print(f"  distilled: {distillation.words(told)}")
     print("  seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in report.steps.items()))
     _finish(as_json, report.json())
 

@@ -3,7 +3,7 @@
     take stock of every tensor        inventory.take
     choose ranks for the budget       allocate.allocate
     walk the layers, encode           encoder.Encoder, methods.NAME.encode
-    fit the scales (BitDelta)         distill.fit
+    train what is stored in floats    distillation.Asked.run
     write, atomically                 contents.Contents.write
 
 Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and a killed run goes on where it was.
@@ -13,6 +13,7 @@ import hashlib
 import json
 import time
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from bayou import (
     calibrate,
     clock,
     coded,
-    distill,
+    distillation,
     exact,
     inventory,
     methods,
@@ -38,7 +39,8 @@ from bayou.checkpoint import Checkpoint, resolve
 from bayou.contents import Contents
 from bayou.delta import Delta, Term
 from bayou.deltafile import DeltaFile
-from bayou.encoder import Encoder, Progress, stored_delta
+from bayou.distillation import Asked, Distilled
+from bayou.encoder import Encoder, Progress
 from bayou.entry import pack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
@@ -56,6 +58,7 @@ class Report:
     """What came of a compression. ratio: bytes of the fine-tune's weight files over bytes of the file.
 
     steps: seconds of each step. errors: relative Frobenius error of the delta by role, over all sites of it.
+    distilled: what distilling came to, see distillation.training.Outcome; empty where there was none.
     """
 
     path: str
@@ -68,6 +71,7 @@ class Report:
     seconds: float
     steps: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    distilled: dict[str, Any] = field(default_factory=dict)
 
     def json(self) -> dict[str, Any]:
         """The report as plain data."""
@@ -91,7 +95,9 @@ def compress(
     tokens: int | None = None,
     length: int = 512,
     activations: Literal["finetuned", "compressed"] = "finetuned",
+    distill: float | None = None,
     distill_steps: int | None = None,
+    distill_what: str = "all",
     entropy: bool = False,
     seed: int = 0,
     device: str = "cpu",
@@ -116,7 +122,9 @@ def compress(
             that Python carries; a tensor is windows of ids, (windows, length). tokens: 32,768 on the CPU and 262,144
             on a GPU unless given; length: of a window.
         activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
-        distill_steps: steps of fitting the scales to the fine-tune's logits; None is the method's own number.
+        distill: minutes of training what is stored in floats (scales, gains, norms, biases) to the fine-tune's logits,
+            on the calibration's text, or for None and "none" on the fine-tune's own. distill_steps: a number of steps
+            instead (0: none). distill_what: "gains" is BitDelta's recipe, which the method of that name has by itself.
         entropy: code the terms' bytes by their entropy: the file is then smaller than asked for, a tenth or more, and
             takes a little longer to load. "exact" does so always.
         device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
@@ -129,14 +137,14 @@ def compress(
     """
     started = time.perf_counter()
     preflight.check_size(ratio, budget, accounting)
-    own = getattr(methods.get(method), "DISTILL_STEPS", 0)
-    distil = own if distill_steps is None else distill_steps
-    preflight.check_distillation(distil, calibration)
+    asked = distillation.ask(methods.get(method), distill, distill_steps, distill_what, seed)
+    asked.check(calibration)
     with clock.measuring() as steps, workers.joined() as here:
         job = _Job(base, finetuned, Path(out), base_revision, revision, device, here, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
         tables = embedding_options or methods.get(method).EMBEDDINGS
-        exact.check(method, tables.get("method", method), accounting, distil)
+        exact.check(method, tables.get("method", method), accounting, bool(asked))
+        asked.suits(job.model)
         if accounting == "paper":
             keep = (*keep, "embeddings")
         with clock.step("take stock"):
@@ -151,14 +159,13 @@ def compress(
             if activations == "compressed":
                 raise BadInput("the moments of compressed activations depend on the file; go without moments")
             moments.check(windows)
-        needed = distil * distill.BATCH * distill.LENGTH
-        text = job.windows(calibration, needed, distill.LENGTH, seed) if distil else None
+        text = asked.text(partial(job.windows, seed=seed), calibration, device)
         with clock.step("hash"):
-            key = job.key(windows, activations, text, distil)
+            key = job.key(windows, activations, text, asked.told())
         held = Journal(job.out, key, guest=not here.first)
         # What comes of exact nobody knows yet: half of the fine-tune is a careful guess.
         size = job.tuned.nbytes // 2 if job.bit_for_bit else job.contents.nbytes()
-        preflight.check_room(job.out, held.folder, size, 3 if distil or entropy else 2)
+        preflight.check_room(job.out, held.folder, size, 3 if asked or entropy else 2)
         if not here.first:
             here.wait()  # until the journal is there
         with held as journal:
@@ -171,10 +178,10 @@ def compress(
             here.wait()  # until all have read what they want of the journal, which the first one ends
             if job.bit_for_bit:
                 job.check_limit(ratio, budget)
-            gains = job.distil(journal, text, distil) if text is not None and here.first else {}
+            found = job.distil(journal, text, asked) if asked and here.first else Distilled()
             if here.first:
                 with clock.step("write"):
-                    job.write(journal, job.out, gains, entropy and not job.bit_for_bit)
+                    job.write(journal, job.out, found.terms, entropy and not job.bit_for_bit)
                 journal.finish()
             here.wait()
         size = job.out.stat().st_size
@@ -182,7 +189,7 @@ def compress(
     errors = job.errors_by_role()
     seconds = time.perf_counter() - started
     counts = (len(job.sites), len(job.contents.exact), len(job.contents.unchanged))
-    return Report(str(out), method, size, job.tuned.nbytes / size, *counts, seconds, steps_now, errors)
+    return Report(str(out), method, size, job.tuned.nbytes / size, *counts, seconds, steps_now, errors, found.report)
 
 
 def _opened(model: str | Path | Checkpoint, revision: str | None) -> Checkpoint:
@@ -298,7 +305,7 @@ class _Job:
         config = self.model.config
         return calibrate.windows(source, self.tuned.folder, config, tokens, length, seed=seed, device=self.device)
 
-    def key(self, windows: Tensor | None, activations: str, text: Tensor | None, distil: int) -> str:
+    def key(self, windows: Tensor | None, activations: str, text: Tensor | None, distil: list[Any]) -> str:
         """What determines the bytes: inputs, Plan, calibration, versions, device and threads."""
         hashes = self.tuned.fingerprints(self.tuned.names())
         calibration = [None if ids is None else [*ids.shape, calibrate.digest(ids)] for ids in (windows, text)]
@@ -336,41 +343,30 @@ class _Job:
         self.contents = replace(self.contents, sites=sites)
         self.errors = dict.fromkeys(range(len(sites)), 0.0)
 
-    def distil(self, journal: Journal, text: Tensor, steps: int) -> dict[int, tuple[float, ...]]:
-        """Fitted gains by site; works on the file as it is so far, written beside the journal's sites."""
+    def distil(self, journal: Journal, text: Tensor | None, asked: Asked) -> Distilled:
+        """Trains on the file as it is so far, written beside the journal's sites; the exact tensors are then new."""
         draft = journal.folder / "draft.bayou"
         self.write(journal, draft, {})
+        device = self.workers.device(self.device)
         with clock.step("distil"):
             try:
-                gains = distill.fit(
-                    self.base.folder,
-                    self.tuned,
-                    DeltaFile(draft),
-                    text,
-                    steps=steps,
-                    device=self.device,
-                    progress=lambda done, total: self.progress("distil", done, total),
-                )
+                found = asked.run(self.base.folder, self.tuned, DeltaFile(draft), text, device, self.progress)
             finally:
                 draft.unlink()  # the output needs its room
-        index = {site.name: i for i, site in enumerate(self.sites)}
-        return {index[name]: values for name, values in gains.items()}
+        self.contents = replace(self.contents, exact=found.exact(self.contents.exact))
+        return found
 
     # ------------------------------------------------------------------------------------------ the file
 
-    def write(self, journal: Journal, path: Path, gains: dict[int, tuple[float, ...]], small: bool = False) -> int:
-        """Write the file to `path`, its terms with the fitted `gains` where there are any; returns its bytes.
+    def write(self, journal: Journal, path: Path, terms: dict[str, tuple[Term, ...]], small: bool = False) -> int:
+        """Write the file to `path`, with distilled `terms` of the sites that have any; returns its bytes.
 
         small: with coded terms, which lie in the journal until then: the header comes first and has their sizes.
         """
 
-        def fitted(index: int) -> tuple[Term, ...]:
-            terms = stored_delta(journal, index, self.sites[index]).terms
-            return tuple(replace(term, gain=gain) for term, gain in zip(terms, gains[index], strict=True))
-
         def blob(index: int) -> bytes:
-            if index in gains:
-                return pack_terms(fitted(index))
+            if (name := self.sites[index].name) in terms:
+                return pack_terms(terms[name])
             return exact.blob(journal, index) if self.bit_for_bit else held(index)
 
         def held(index: int) -> bytes:
@@ -378,10 +374,11 @@ class _Job:
             assert done is not None  # every site has been encoded by now
             return done[0]
 
-        for index in gains:
-            site = self.sites[index]
-            matrix = inventory.delta_matrix(site, self.base, self.tuned, "cpu")
-            self.errors[index] = inventory.relative_error(matrix, Delta(site.shape, fitted(index)))
+        for index, site in enumerate(self.sites):
+            if site.name in terms:
+                delta = Delta(site.shape, terms[site.name]).to(self.device)
+                matrix = inventory.delta_matrix(site, self.base, self.tuned, self.device)
+                self.errors[index] = inventory.relative_error(matrix, delta)
         count, errors = len(self.sites), [self.errors[i] for i in range(len(self.sites))]
         if not small:
             return self.contents.write(path, blob, errors)

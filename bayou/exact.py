@@ -30,11 +30,11 @@ def is_exact(method: str) -> bool:
     return bool(getattr(methods.get(method), "EXACT", False))
 
 
-def check(method: str, tables: str, accounting: str, distill_steps: int) -> None:
+def check(method: str, tables: str, accounting: str, distills: bool) -> None:
     """Raises BadInput for what does not go together with `--method exact`."""
     if is_exact(method) != is_exact(tables):
         raise BadInput(f"--method {method} with embeddings by {tables}: exact is for all of a model, or nothing of it")
-    if is_exact(method) and (accounting != "file" or distill_steps):
+    if is_exact(method) and (accounting != "file" or distills):
         raise BadInput(f"--method {method} has nothing to distil and no nominal size; leave these options out")
 
 

@@ -195,16 +195,31 @@ class Packed:
         """The rows of a slice, or those whose indexes are given (n,), as fp32 (n, cols)."""
         if self.spec.floats:
             return self.parts[0][rows].float()
+        scales, values = self.scales, self.centred(rows)
+        return values if scales is None else values * self._spread(scales[rows].float())
+
+    def centred(self, rows: slice | Tensor = slice(None)) -> Tensor:
+        """Codes less their zero points, or less the middle code, as fp32 (n, cols): the values but for their scales.
+
+        Multiples of 1/2 of at most 255, so bf16 holds them too.
+        """
         planes = len(PLANES[self.spec.bits])
         codes = _unpack(tuple(p[rows] for p in self.parts[:planes]), self.spec.bits, self.shape[1]).float()
+        if not self.spec.zeros:
+            return codes - (2**self.spec.bits - 1) / 2
         groups = self.spec.groups(self.shape[1])
-        if self.spec.zeros:
-            zeros = _unpack(self.parts[planes + 1 :], self.spec.bits, self.shape[0] * groups)
-            middle: Tensor | float = self._spread(zeros.view(self.shape[0], groups)[rows].float())
-        else:
-            middle = (2**self.spec.bits - 1) / 2
-        values = codes - middle
-        return values * self._spread(self.parts[planes][rows].float()) if groups else values
+        zeros = _unpack(self.parts[planes + 1 :], self.spec.bits, self.shape[0] * groups)
+        return codes - self._spread(zeros.view(self.shape[0], groups)[rows].float())
+
+    @property
+    def scales(self) -> Tensor | None:
+        """The fp16 scales of codes, (rows, groups), where there are any."""
+        return self.parts[len(PLANES[self.spec.bits])] if self.spec.groups(self.shape[1]) else None
+
+    def with_scales(self, scales: Tensor) -> "Packed":
+        """The same codes with other scales, (rows, groups), rounded to fp16."""
+        at = len(PLANES[self.spec.bits])
+        return replace(self, parts=(*self.parts[:at], scales.to(torch.float16).contiguous(), *self.parts[at + 1 :]))
 
     def raw_codes(self) -> Tensor:
         """The codes (rows, cols), uint8."""

@@ -21,15 +21,6 @@ def check_size(ratio: float | None, budget: int | None, accounting: str) -> None
         raise BadInput(f"--accounting paper counts bits a weight, not a budget ({budget:,} bytes); give a ratio")
 
 
-def check_distillation(steps: int, calibration: object) -> None:
-    """Raises BadInput for steps of distillation without a text to take them on."""
-    if steps and isinstance(calibration, str) and calibration == "none":
-        raise BadInput(
-            f"{steps} steps of distillation need a text, and --calibration none gives none; "
-            "give one, or --distill-steps 0"
-        )
-
-
 def check_output(out: Path, folder: Path) -> None:
     """Raises BadInput for an output that is no file of its own, or lies among the weights of the model in `folder`."""
     if not out.parent.is_dir():

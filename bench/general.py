@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from bayou.sharing import objective
+from bayou import objective
 
 BENCHMARKS = ("arc_easy", "mmlu_redux", "winogrande")
 Pair = tuple[list[int], list[int]]

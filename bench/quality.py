@@ -29,8 +29,8 @@ from activation_error import activation_error
 from safetensors.torch import load_file, save_file
 
 import bayou
-from bayou import distill
 from bayou.decompose import Matrix, svd
+from bayou.distillation import gains
 from bayou.methods import Gram, Site, deltacome, lowrank
 from bayou.restore import restore
 
@@ -82,7 +82,9 @@ def runs(which: str) -> list[Run]:
         found += both("bitdelta, wikitext", method="bitdelta", ratio=16, text="wikitext")
         found += both("deltacome", ratio=16)
         found += both("deltacome, strength 2", ratio=16, options=TASK_TEXT)
-        found += both("deltacome, strength 2, distilled", ratio=16, options=TASK_TEXT, distill_steps=200)
+        found += both(
+            "deltacome, strength 2, distilled", ratio=16, options=TASK_TEXT, distill_steps=200, distill_what="gains"
+        )
         found += both("deltacome as published", ratio=16, options={"refit": "none"})
         found += both("lora", lora=269_060_552 // 16)
     if which == "linears":
@@ -224,7 +226,7 @@ def perform(run: Run, testbed_path: str, models: str, device: str, tuning: bool)
             result["rank"] = extracted_lora(base, tuned, out, options["lora"], device)
             result["bytes"] = options["lora"]
         else:
-            distill.fit.__kwdefaults__["learning_rate"] = options.pop("learning_rate", distill.LEARNING_RATE)
+            gains.fit.__kwdefaults__["learning_rate"] = options.pop("learning_rate", gains.LEARNING_RATE)
             text = options.pop("text", "task")
             options.setdefault("tokens", 65_536)
             if "calibration" not in options:

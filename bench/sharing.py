@@ -35,9 +35,9 @@ from sharing_runs import Maker, Run, Subject
 from sharing_tables import lines, paired, plot, table
 
 import bayou
+from bayou import objective
 from bayou.calibrate import read_tokenizer
 from bayou.errors import Diverged
-from bayou.sharing import objective
 from bayou.sharing.baselines.baseline import load
 from bayou.sharing.train import Fitted, Progress, Recipe, fit, packed
 

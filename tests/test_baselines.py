@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bayou
+from bayou import objective
 from bayou.errors import BadInput, Unsupported
-from bayou.sharing import baselines, objective, sharedfile
+from bayou.sharing import baselines, sharedfile
 from bayou.sharing.baselines import jointdrop, laco, lastlayers, shortgpt, slicegpt
 from bayou.sharing.baselines.baseline import Baseline, count, load, nearest
 from bayou.sharing.student import apply

@@ -248,7 +248,7 @@ def test_held_out_text_must_not_be_the_calibrations(models: Path, tmp_path: Path
         ({"names": ["squeeze"]}, "there is no method 'squeeze'"),
         ({"names": []}, "name a method and a ratio at least"),
         ({"ratios": [-1]}, "ratio -1.0: a number above 0"),
-        ({"calibration": "none", "distill_steps": 3}, "3 steps of distillation need a text"),
+        ({"calibration": "none", "distill_steps": None}, "200 steps of fitting gains need a text"),
         ({"data": Path("absent.txt")}, "cannot read absent.txt"),
         ({"data": Path("empty.txt")}, "0 tokens of text: too few"),
         ({"data": Path("long.jsonl")}, "long.jsonl has a row of 302 tokens; the model has 256 positions"),

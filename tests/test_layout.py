@@ -46,7 +46,8 @@ ORDER = (
         "inventory",
         "restore",
     ),
-    *("restore", "moments", "calibrate", "momentfiles", "attached", "borrowed", "attach", "distill", "preflight"),
+    *("restore", "moments", "calibrate", "momentfiles", "attached", "borrowed", "attach"),
+    *("schedule", "objective", "distillation", "preflight"),
     *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )

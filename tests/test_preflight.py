@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from test_allocate import run, site, total
 
 import bayou
-from bayou import distill
 from bayou.checkpoint import Checkpoint, resolve
 from bayou.deltafile import DeltaFile
+from bayou.distillation import gains
 from bayou.errors import BadInput, BayouError, Unsupported
 from bayou.journal import Journal
 from bayou.restore import Restorer
@@ -34,8 +34,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
         ({"accounting": "paper", "budget": 50_000}, r"--accounting paper counts bits a weight, not a budget \(50,000"),
         ({"accounting": "paper", "ratio": 0}, "ratio 0: a number above 0"),
         ({"accounting": "paper", "ratio": -4}, "ratio -4: a number above 0"),
-        ({"method": "bitdelta"}, "200 steps of distillation need a text, .* or --distill-steps 0"),
-        ({"distill_steps": 3}, "3 steps of distillation need a text"),
+        ({"method": "bitdelta"}, "200 steps of fitting gains need a text, .* or --distill-steps 0"),
+        ({"distill_steps": 3, "distill_what": "gains"}, "3 steps of fitting gains need a text"),
         ({"device": "cuda:99"}, "--device cuda:99 cannot be used here"),
         ({"device": "abacus"}, "--device abacus cannot be used here"),
         ({"base_revision": "a b"}, "--base-revision 'a b': a branch"),
@@ -81,7 +81,7 @@ def test_a_full_disk_keeps_what_is_done_which_counts_as_room(
 def test_distillation_needs_room_for_a_draft_which_goes_after_it(
     base: Path, tuned: Path, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    options: dict[str, Any] = {"method": "bitdelta", "distill_steps": 1, "ratio": 4}
+    options: dict[str, Any] = {"method": "bitdelta", "distill_steps": 1, "distill_what": "gains", "ratio": 4}
     seen: list[bool] = []
     write = bayou.compress.__globals__["_Job"].write
 
@@ -159,9 +159,9 @@ def test_a_tied_head_is_not_trained(tmp_path: Path, monkeypatch: Any) -> None:
     base = pico.pico("llama_tied", tmp_path / "base")
     tuned = pico.perturb(base, tmp_path / "tuned")
     made: list[Any] = []
-    real = distill._Fitted
-    monkeypatch.setattr(distill, "_Fitted", lambda attached: made.append(attached) or real(attached))
-    bayou.compress(base, tuned, tmp_path / "a", ratio=4, method="bitdelta", distill_steps=1)
+    real = gains._Fitted
+    monkeypatch.setattr(gains, "_Fitted", lambda attached: made.append(attached) or real(attached))
+    bayou.compress(base, tuned, tmp_path / "a", ratio=4, method="bitdelta", distill_steps=1, distill_what="gains")
     linears = [record for record in DeltaFile(tmp_path / "a").sites.values() if record.role == "linear"]
     assert len(made) == len(linears) > 0
 

@@ -16,11 +16,12 @@ import torch
 from test_share import FEW, agree
 
 import bayou
+from bayou import objective
 from bayou.checkpoint import Checkpoint
 from bayou.cli import main
 from bayou.errors import BadInput, Diverged, JournalMismatch
 from bayou.evaluate import read_model
-from bayou.sharing import baselines, objective, recover, tune
+from bayou.sharing import baselines, recover, tune
 from bayou.sharing.draft import Draft, draw_up
 from bayou.sharing.layouts import Dial
 from bayou.sharing.original import Original

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from bayou import skeleton
+from bayou import objective, skeleton
 from bayou.checkpoint import Checkpoint
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch, Unsupported
-from bayou.sharing import Shared, Tie, lora, objective
+from bayou.sharing import Shared, Tie, lora
 from bayou.sharing.student import Replacement, Student, apply, twin
 from bayou.sharing.train import Fitted, Progress, Pupil, Recipe, fit, packed
 

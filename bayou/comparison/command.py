@@ -25,7 +25,7 @@ def compare(
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     rows: Annotated[int | None, typer.Option(help="--data: so many rows or windows, drawn by the seed.")] = None,
-    distill_steps: Annotated[int | None, typer.Option(help="Steps of scale distillation, of every method.")] = None,
+    distill_steps: Annotated[int | None, typer.Option(help="Steps of distilling, for every method; 0 is none.")] = None,
     plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw KL against bytes (matplotlib).")] = True,
     bound: Annotated[bool, typer.Option("--bound/--no-bound", help="Find the spectra and the bound.")] = True,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",

@@ -25,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from bayou import calibrate, decompose, methods, preflight, skeleton
+from bayou import calibrate, decompose, distillation, methods, preflight, skeleton
 from bayou.checkpoint import Checkpoint, atomic, resolve
 from bayou.comparison import drawing, measured, page
 from bayou.comparison.bound import Bound, Spectrum, decibels
@@ -124,8 +124,7 @@ def _asked(
     for ratio in sizes:
         preflight.check_size(ratio, None, "file")
     for name in chosen:
-        own = getattr(methods.get(name), "DISTILL_STEPS", 0)
-        preflight.check_distillation(own if distill_steps is None else distill_steps, calibration)
+        distillation.ask(methods.get(name), None, distill_steps, "all", 0).check(calibration)
     return [(name, ratio) for name in chosen for ratio in sizes]
 
 

@@ -13,7 +13,7 @@ A method is a module of this package with
     USES_GRAM: bool = False
         whether it wants the second moments of each matrix's input (then a calibration runs)
     DISTILL_STEPS: int = 0
-        steps of bayou.distill that follow unless told otherwise
+        steps of bayou.distillation.gains that follow unless told otherwise
 
 `rank` is the dial that a byte budget turns; a method without one (BitDelta) has one size. A new file here is
 listed, budgeted, saved, verified, loaded and tested (tests/test_methods.py) with no other edit.

@@ -1,8 +1,8 @@
 """BitDelta: the sign of the delta times one scale a matrix. https://arxiv.org/abs/2402.10193
 
-One bit a weight. The scale that minimises the squared error is mean |delta| (equation 2); `bayou.distill` then fits
-all scales of a model to the fine-tune's logits (section 3.2). Norms stay exact; what a budget leaves goes to a low-rank
-delta of the embeddings, which the paper stores whole.
+One bit a weight. The scale that minimises the squared error is mean |delta| (equation 2); `distillation.gains` then
+fits all scales of a model to the fine-tune's logits (section 3.2). Norms stay exact; what a budget leaves goes to a
+low-rank delta of the embeddings, which the paper stores whole.
 """
 
 import torch

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import skeleton
+from bayou import objective, skeleton
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput, Diverged, JournalMismatch
-from bayou.sharing import Shared, objective, student, tune
+from bayou.sharing import Shared, student, tune
 from bayou.sharing import train as trainer
 from bayou.sharing.baselines.baseline import Baseline, load
 from bayou.sharing.draft import Draft

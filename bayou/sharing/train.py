@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from bayou import objective
 from bayou.checkpoint import atomic
 from bayou.errors import BadInput, DamagedFile, Diverged, JournalMismatch
-from bayou.sharing import objective
+from bayou.schedule import cosine
 from bayou.sharing.world import World
 
 RETURNS = 2
@@ -62,11 +63,7 @@ class Recipe:
 
     def factor(self, step: int, steps: int) -> float:
         """The rate of step `step` (from 0) of `steps`, relative to its peak."""
-        rise = max(1, round(self.warmup * steps))
-        if step < rise:
-            return (step + 1) / rise
-        done = (step - rise) / max(1, steps - rise)
-        return self.floor + (1 - self.floor) * 0.5 * (1 + math.cos(math.pi * done))
+        return cosine(step, steps, warmup=self.warmup, floor=self.floor)
 
 
 @dataclass(frozen=True)

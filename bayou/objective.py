@@ -36,9 +36,11 @@ def hidden_states(model: nn.Module, ids: Tensor) -> Tensor:
 def head(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The function from final hidden states to logits, soft-capped where the model does that.
 
-    Raises Unsupported for a model that scales its logits in a way unknown here.
+    Raises Unsupported for a model that has none, or scales its logits in a way unknown here.
     """
     linear = model.get_output_embeddings()  # type: ignore[operator]
+    if linear is None:
+        raise Unsupported(f"{type(model).__name__} has no head that gives logits, by which training goes")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     for name in ("logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):

@@ -7,6 +7,7 @@ terms. The step is relative to the gain, since a gain is as small as the delta i
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,8 +66,8 @@ def fit(
     learning_rate: float = LEARNING_RATE,
     device: str = "cpu",
     progress: Callable[[int, int], None] | None = None,
-) -> dict[str, tuple[float, ...]]:
-    """Site name -> fitted gains of its terms, for every linear that the file codes.
+) -> dict[str, tuple[Term, ...]]:
+    """Site name -> its terms with fitted gains, for every linear that the file codes.
 
     Args:
         base, tuned: the base's folder and the fine-tune. file: the compressed fine-tune as it is so far.
@@ -102,7 +103,12 @@ def fit(
         schedule.step()
         if progress is not None:
             progress(step + 1, steps)
-    return {by_module[path]: module.gains() for path, module in fitted.items()}
+    return {name: _with(file, name, fitted[path].gains()) for path, name in by_module.items() if path in fitted}
+
+
+def _with(file: DeltaFile, name: str, gains: tuple[float, ...]) -> tuple[Term, ...]:
+    terms = file.delta(name).terms
+    return tuple(replace(term, gain=gain) for term, gain in zip(terms, gains, strict=True))
 
 
 def _plain(module: AttachedLinear) -> bool:
