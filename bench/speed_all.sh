@@ -14,7 +14,6 @@ step() { # name, seconds at most, command
 }
 test_() { python3 -m pytest -q -p no:cacheprovider "$@"; }
 export -f test_
-export BAYOU_PACKED=1
 step product-few 180 bash -c 'test_ -x tests/test_kernels_product.py -k "compiled and (2g128z or tile or 8r or f16)"'
 step gptq 120 bash -c 'test_ tests/test_moments.py tests/test_kernels.py'
 step compress-2 180 python3 -m bayou bench compress --layers 2 --plain --keep "$work/two.bayou" --out "$out/compress-2-layers-h100.json"

@@ -21,9 +21,9 @@ _tables: WeakKeyDictionary[Any, tuple[Table, dict[int, Tensor], Tensor]] = WeakK
 def suits(x: Tensor) -> bool:
     """Whether the kernels take this x: on a GPU, of a usual dtype, and nobody wants its gradient.
 
-    Asked for by BAYOU_PACKED=1 alone, until their tests have passed on a GPU (LOG.md, 2026-11-24).
+    BAYOU_PACKED=0 has plain PyTorch do it, to compare the two.
     """
-    if os.environ.get("BAYOU_PACKED") != "1":
+    if os.environ.get("BAYOU_PACKED") == "0":
         return False
     floats = x.dtype in (torch.bfloat16, torch.float16, torch.float32)
     return floats and not (x.requires_grad and torch.is_grad_enabled()) and use_triton(x)

@@ -58,7 +58,7 @@ class Runner:
         batch: answers at once.
         length: positions of an answer with its prompt at most; less where the model has fewer.
         kernels: compute all tenants' rows at once, and decode in steps of fixed shape (graphs on a GPU); None: on a GPU
-            with Triton, where BAYOU_PACKED=1 asks for it.
+            with Triton, but for BAYOU_PACKED=0.
         bits: 4 rounds the decoder layers' linears (few_bits.py), 16 leaves them.
 
     Raises BadInput, and Unsupported for a model that cannot be served.

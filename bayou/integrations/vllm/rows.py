@@ -6,7 +6,7 @@ vLLM's own modules stay where they are: a hook behind each adds, to the rows of 
     RowEmbedding   the input table                             gain * row + the delta's row
     RowNorm        normalisations                              once more for rows of tenants, with their own weights
 
-Rows of the base itself stay what vLLM has computed. On a GPU with BAYOU_PACKED=1 one or two launches serve all slots of
+Rows of the base itself stay what vLLM has computed. On a GPU (but for BAYOU_PACKED=0) a few launches serve all slots of
 a linear's projections, for rows that are sorted by slot; else each slot's rows are multiplied by themselves.
 """
 
