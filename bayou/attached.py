@@ -17,6 +17,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from bayou.delta import Delta
+from bayou.kernels.one_delta import one_delta, suits
 from bayou.skeleton import Index
 
 
@@ -98,7 +99,10 @@ class AttachedLinear(_Attached):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in) -> (..., out)."""
         if self.gain == 1 and self.aligned:
-            return self.inner(x) + self.delta.apply(x)
+            y: Tensor = self.inner(x)
+            if self.delta.terms and suits(x) and not y.requires_grad and y.is_contiguous() and y.dtype == x.dtype:
+                return one_delta(self.delta, x, onto=y)
+            return y + self.delta.apply(x)
         bias: Tensor | None = getattr(self.inner, "bias", None)
         return self.product(x) if bias is None else self.product(x) + bias
 

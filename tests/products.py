@@ -199,10 +199,17 @@ def unpacked(dtype: torch.dtype) -> Case:
         scales = {"input_scale": (torch.rand(136) + 0.5).half().to(device), "output_scale": torch.ones(20).half()}
         scales["output_scale"] = scales["output_scale"].to(device) * 1.5
         terms = (lowrank(shape, blocks, device, **scales), dense("7g24z", shape, device))
-        table = Table([shape], 1, [[terms]], device)
-        table.write(0, [terms])
+        other = ((7, 136), (lowrank((7, 136), bands(40), device, 5),))
+        shapes, deltas = [shape, other[0], (9, 136)], [terms, other[1], ()]
+        table = Table(shapes, 1, [deltas], device)
+        table.write(0, deltas)
         x = torch.eye(136, dtype=dtype, device=device)
-        return relative([unpack.product(table, x).T], [Delta(shape, terms).materialize()])
+        outs = [torch.full((136, size), 3.0, dtype=dtype, device=device) for size, _ in shapes]
+        unpack.product(table, x, outs, keep=False)
+        kept = [y.clone() for y in outs]
+        unpack.product(table, x, kept)
+        wanted = [Delta(s, t).materialize().to(device) for s, t in zip(shapes, deltas, strict=True)]
+        return max(relative([y.T for y in outs], wanted), relative([y.T / 2 for y in kept], wanted))
 
     return run
 

@@ -51,6 +51,9 @@ def test_the_engine_gives_every_kernel_what_it_takes(tmp_path: Path) -> None:
 
 BF16, F32, I64, I32 = "*bf16", "*fp32", "*i64", "*i32"
 ATTEND = [BF16] * 5 + [I64, I64, BF16] + ["i32"] * 12 + ["fp32", "fp32", "i32"]
+SPREAD = [BF16] + ["i32"] * 4 + [BF16] * 4
+PRODUCT = [I64, I32, "i32", F32, "i32", "i32", "i32"] + [BF16] * 8 + ["i32"] * 7 + [I32, I32, "i32", "i32"]
+PLAIN = {"FIELDS": 32, "M": 64, "MOST": 128, "ROWS": 4, "SCALED": False, "STAGES": 3, "ASM": True}
 SUM = [I64, I32, "i32", I64, I32, "i32", BF16, "i32", F32, I64, I64, F32, "i32", BF16, "i32", "i32"]
 
 
@@ -63,7 +66,11 @@ SUM = [I64, I32, "i32", I64, I32, "i32", BF16, "i32", F32, I64, I64, F32, "i32",
         ("attend", ATTEND, {"D": 256, "E": 256, "GROUP": 2, "CAPPED": True, "WINDOWED": True}),
         ("normalise", [BF16, BF16, I64, BF16] + ["i32"] * 5 + ["fp32"], {"PLUS": False, "WIDE": 4096}),
         ("rotate", [BF16] * 6 + ["i32"] * 7, {"WIDE": 64}),
-        ("whole", [I64, BF16, "i32"], {"UP": True, "FIELDS": 32, "M": 16, "K": 128}),
+        ("whole", [I64, BF16, "i32", "i32"], {"UP": True, "FIELDS": 32, "M": 32, "K": 128}),
+        ("spread", SPREAD, {"WIDTHS": 15, "PARTS": 1, "SLICES": 1, "C": 256}),
+        ("spread", [F32, *SPREAD[1:]], {"WIDTHS": 14, "PARTS": 2, "SLICES": 8, "C": 256}),
+        ("product", PRODUCT, PLAIN | {"SHRINK": True, "PARTS": 1, "SPLIT": 4, "LOOPS": 0b01_0010_0100}),
+        ("product", PRODUCT, PLAIN | {"SHRINK": False, "PARTS": 2, "SPLIT": 1, "LOOPS": 0b11_1111_1111_1110}),
         ("row_of_u", [I64, I32, I64, I64, F32, "i32", "i32"], {"FIELDS": 32, "K": 128}),
         ("row_of_sum", SUM, {"DELTAS": True, "FIELDS": 32, "TALL": 16, "K": 128}),
     ],
@@ -74,19 +81,22 @@ def test_they_compile_for_an_h100(name: str, types: list, fixed: dict, tmp_path:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bayou.kernels import decode_loops, entries
+    from bayou.kernels import decode_loops, entries, packed_loops
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     if name == "attend":
         fixed = fixed | {"WIDE_D": fixed["D"], "WIDE_E": fixed["E"], "QUERIES": 16, "BLOCK": 64}
-        fixed["DOT"] = triton.language.bfloat16
-    kernel = getattr(decode_loops, name, None) or getattr(entries, name)
+    if name in ("attend", "product"):
+        fixed = fixed | {"DOT": triton.language.bfloat16}
+    kernel = next(getattr(part, name) for part in (decode_loops, entries, packed_loops) if hasattr(part, name))
     free = iter(types)
     signature = {word: "constexpr" if word in fixed else next(free) for word in kernel.arg_names}
     assert next(free, None) is None
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(word),): value for word, value in fixed.items()})
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32))
     assert len(made.asm["cubin"]) > 1000
+    # Tiles are copied ahead of their use, each step's x among them: a loop without is several times slower.
+    assert name != "product" or made.asm["ptx"].count("cp.async.c") >= 60
 
 
 def test_which_norm_a_module_is() -> None:

@@ -211,14 +211,14 @@ def prefill(rows: int, terms: Terms) -> dict[str, Any]:
     runs, errors = [], []
     for shapes in LAYER:
         x = torch.randn(rows, shapes[0][1], device="cuda", dtype=torch.bfloat16)
-        for each, shape in zip(terms(shapes), shapes, strict=True):
-            delta = Delta(shape, (each,))
-            wanted = kernel.term_product(delta.terms[0], x.float())
-            errors.append(relative(one_delta(delta, x), wanted))
-            table = Table([shape], 1, [[delta.terms]])
-            table.write(0, [delta.terms])
-            weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
-            runs.append(lambda x=x, w=weight, t=table: unpacked_product(t, x).add_(x @ w.T))
+        deltas = terms(shapes)
+        for each, shape in zip(deltas, shapes, strict=True):
+            wanted = kernel.term_product(each, x.float())
+            errors.append(relative(one_delta(Delta(shape, (each,)), x), wanted))
+        table = Table(shapes, 1, [[(each,) for each in deltas]])
+        table.write(0, [(each,) for each in deltas])
+        weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        runs.append(lambda x=x, ws=weights, t=table: unpacked_product(t, x, [x @ w.T for w in ws]))
     with_delta, alone = timed(runs, 5), base(rows)
     return {
         "rows": rows,

@@ -99,8 +99,8 @@ def tile(rec, row, start, there, K: tl.constexpr):
 
 
 @triton.jit
-def whole(table, out, line, UP: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
-    """Tiles of the matrix of record program_id(2), at its place in `out`."""
+def whole(table, out, line, before, UP: tl.constexpr, FIELDS: tl.constexpr, M: tl.constexpr, K: tl.constexpr):
+    """Tiles of the matrix of record program_id(2), at its place in `out`, less `before`."""
     rec = table + tl.program_id(2) * FIELDS
     row = tl.program_id(1) * M + tl.arange(0, M)
     start = tl.program_id(0) * K
@@ -109,7 +109,7 @@ def whole(table, out, line, UP: tl.constexpr, FIELDS: tl.constexpr, M: tl.conste
     if (tl.program_id(1) * M < rows) & (start < cols):
         there = (row < rows)[:, None] & (column < cols)[None, :]
         value = tile(rec, row, start, there, K) if tl.load(rec + 21) != 0 else entries(rec, row, column, there)
-        place = tl.load(rec + 22).to(tl.int32)
+        place = tl.load(rec + 22).to(tl.int32) - before
         if UP:
             column += place
         else:

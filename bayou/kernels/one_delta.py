@@ -29,8 +29,10 @@ def suits(x: Tensor) -> bool:
     return floats and not (x.requires_grad and torch.is_grad_enabled()) and use_triton(x)
 
 
-def one_delta(delta: Any, x: Tensor) -> Tensor:
+def one_delta(delta: Any, x: Tensor, onto: Tensor | None = None) -> Tensor:
     """The product of x with a Delta of delta.py, without the reference, in x's dtype.
+
+    onto: (..., out), contiguous, to which it is added, in place.
 
     The delta's table is made at the first call, and lives as long as the delta does. Calls with a number of rows that
     came before, below MANY, can be captured in a CUDA graph.
@@ -42,9 +44,14 @@ def one_delta(delta: Any, x: Tensor) -> Tensor:
     table, offsets, slot = _tables[delta]
     given = x.reshape(-1, x.shape[-1])
     rows = given.shape[0]
-    if rows >= MANY and x.dtype != torch.float32:
-        return product(table, given).view(*x.shape[:-1], -1)
-    out = given.new_zeros(rows, delta.shape[0])
+    many = rows >= MANY and x.dtype != torch.float32
+    if onto is not None:
+        out = onto.view(rows, -1)
+    else:
+        out = (given.new_empty if many else given.new_zeros)(rows, delta.shape[0])
+    if many:
+        product(table, given, [out], keep=onto is not None)
+        return out.view(*x.shape[:-1], -1)
     if rows:
         given = given if given.stride(1) == 1 else given.contiguous()
         if rows not in offsets:

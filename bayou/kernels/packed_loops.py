@@ -110,8 +110,8 @@ def stream(
 ):  # fmt: skip
     """acc + factor * block @ x of columns start:stop; position: where the block's first column lies in x's panel.
 
-    LIES: 0 = whole tiles on 16 bytes, 1 = a run of matrices of 128 columns, 2 = tiles need masks. A tile's columns
-    share their scales.
+    LIES: 0 = whole tiles on 16 bytes, 1 = a run of matrices of 128 columns, 2 = tiles need masks, 3 = one tile, of 16
+    words at most. A tile's columns share their scales.
     """
     SPAN: tl.constexpr = 256 if WIDTH == 1 else 128
     CODES: tl.constexpr = 16 // WIDTH
@@ -136,12 +136,13 @@ def stream(
         stride = tl.multiple_of(stride, 8)
     marks = tl.load(rec + 5).to(tl.pointer_type(tl.int32)) + tl.load(rec + 23) + m
     real = m < tl.load(rec + 7).to(tl.int32)
-    j = tl.arange(0, J)
+    WORDS: tl.constexpr = 16 if LIES == 3 else J
+    j = tl.arange(0, WORDS)
     at = words + row.to(tl.int64)[:, None] * stride + j[None, :]
     for c in tl.range(start, stop, SPAN, num_stages=STAGES):
         chunk = c // SPAN
         mark = tl.load(marks + chunk * marks_line, mask=real, other=0)
-        if LIES == 2:
+        if LIES >= 2:
             # What lies beyond the last column is multiplied by zeros of the panel.
             ok = tl.max_constancy(chunk * J + j < stride, 2)
             tile = tl.load(tl.max_contiguous(tl.multiple_of(at + chunk * J, (1, 2)), (1, 2)), mask=ok[None, :], other=0)
@@ -350,13 +351,19 @@ def product(
                         if (LOOPS >> 9) & 1:
                             if loop == 9:
                                 acc = stream(acc, p8, *common, 8, 2, M, N, 1, ASM, DOT)
-                    elif kind == 2:
                         if (LOOPS >> 10) & 1:
+                            if loop == 10:
+                                acc = stream(acc, p4, *common, 4, 3, M, N, 1, ASM, DOT)
+                        if (LOOPS >> 11) & 1:
+                            if loop == 11:
+                                acc = stream(acc, p8, *common, 8, 3, M, N, 1, ASM, DOT)
+                    elif kind == 2:
+                        if (LOOPS >> 12) & 1:
                             acc = codes(
                                 acc, rec, row, factor, src, lines + position, part, scale_in, start, stop,
                                 PARTS, SCALED, DOT,
                             )  # fmt: skip
-                    elif (LOOPS >> 11) & 1:
+                    elif (LOOPS >> 13) & 1:
                         acc = floats(
                             acc, rec, kind, row, factor, src, lines + position, part, scale_in, start, stop,
                             PARTS, SCALED, DOT,

@@ -180,7 +180,7 @@ def launch(
             PARTS=parts,
             SLICES=split if late else 1,
             C=CHUNK,
-            num_warps=1,
+            num_warps=4,
         )
         return spreads
     # More columns of the tensor core's tile than 32 would not fit registers and shared memory.

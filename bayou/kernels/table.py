@@ -32,6 +32,9 @@ PROJECTIONS = 4
 SLICES = 8
 """Parts at most that shrink cuts the columns into."""
 
+EVEN = 64
+"""Ranks of a projection are made a multiple of this where they are unpacked: cuBLAS is slower on odd numbers."""
+
 CHUNK = 256
 """Columns of x, and ranks, come in panels of whole chunks; see packed_product.py."""
 
@@ -48,8 +51,10 @@ LOOPS = {
     (4, "ragged"): 7,
     (8, "whole"): 8,
     (8, "ragged"): 9,
+    (4, "narrow"): 10,
+    (8, "narrow"): 11,
 }
-CODES, FLOATS = 10, 11
+CODES, FLOATS = 12, 13
 """The loops for other groups, and for floats."""
 
 Terms = Sequence[Any]
@@ -84,7 +89,9 @@ class Table:
         self.scaled = False
         drafts = [self._draft(deltas) for deltas in like]
         self.ranks = -(-max((draft.ranks for draft in drafts), default=0) // BLOCK) * BLOCK
-        self.packed_ranks = max((draft.packed_ranks for draft in drafts), default=0)
+        self.packed_ranks = max((draft.spans[-1][1] for draft in drafts if draft.spans), default=0)
+        self.host: list[_Draft | None] = [None] * slots
+        """What was written to each slot, of which the CPU knows `bounds` and `spans`."""
         self.lists = {}
         for stage in ("shrink", "expand", "dense"):
             most = max((len(draft.records[stage]) for draft in drafts), default=0)
@@ -133,7 +140,7 @@ class Table:
         """
         draft = self._draft(deltas)
         longer = any(len(draft.records[stage]) > records.shape[1] for stage, (records, _) in self.lists.items())
-        if longer or draft.ranks > self.ranks or draft.packed_ranks > self.packed_ranks:
+        if longer or draft.ranks > self.ranks or max((end for _, end in draft.spans), default=0) > self.packed_ranks:
             raise BadInput(f"the deltas for slot {slot} have more ranks or blocks than the table was made for")
         for stage, (records, bounds) in self.lists.items():
             found = torch.zeros(records.shape[1:], dtype=torch.int64)
@@ -141,12 +148,12 @@ class Table:
                 found[: len(draft.records[stage])] = torch.tensor(draft.records[stage], dtype=torch.int64)
             records[slot].copy_(found)
             bounds[slot].copy_(torch.tensor(draft.bounds[stage], dtype=torch.int32))
-        self.terms[slot], self._kept[slot] = deltas, draft.kept
+        self.terms[slot], self._kept[slot], self.host[slot] = deltas, draft.kept, draft
         return self._allow(draft)
 
     def forget(self, slot: int) -> None:
         """Let the deltas of `slot` go, without a word to the device: it must be written before it is used again."""
-        self.terms[slot], self._kept[slot] = [()] * len(self.shapes), None
+        self.terms[slot], self._kept[slot], self.host[slot] = [()] * len(self.shapes), None, None
 
     def clear(self, slot: int) -> None:
         """Make `slot` add nothing, and let its deltas go."""
@@ -181,12 +188,17 @@ class _Draft:
         self.ranks = 0
         """Places for ranks: each run of blocks begins at a multiple of BLOCK."""
         self.packed_ranks = 0
+        self.spans: list[tuple[int, int]] = []
+        """Where each projection's ranks lie, at multiples of EVEN and without gaps, for those who unpack all."""
         self.scaled = False
         self.kept: list[Any] = []
         self._made: dict[int, Tensor] = {}
 
     def close(self) -> None:
         """A projection's terms are all there."""
+        begin = -(-self.spans[-1][1] // EVEN) * EVEN if self.spans else 0
+        self.spans.append((begin, self.packed_ranks))
+        self.packed_ranks = -(-self.packed_ranks // EVEN) * EVEN
         for stage, records in self.records.items():
             self.bounds[stage].append(len(records))
 
@@ -332,13 +344,18 @@ def panel_line(cols: int, width: int) -> int:
 
 
 def _tiles(record: list[int]) -> str:
-    """How the tiles of a matrix lie, of 128 columns, or 256 of 1-bit codes, where a tile's share their scales."""
+    """How the tiles of a matrix lie, of 128 columns, or 256 of 1-bit codes, where a tile's share their scales.
+
+    whole: on 16 bytes. ragged: what is no column is masked. narrow: it is all in the first 16 words of a tile.
+    """
     cols, group, bits = record[8], record[10], record[9]
     span = 256 if bits == 1 else 128
     if group < cols and group % span:
         return "other"
     whole = record[0] % 16 == 0 and -(-cols * bits // 32) % 4 == 0 and cols % span == 0
-    return "whole" if whole else "ragged"
+    if whole:
+        return "whole"
+    return "narrow" if bits > 2 and cols * bits <= 16 * 16 else "ragged"
 
 
 def _runs(blocks: Sequence[Packed]) -> list[tuple[int, int]]:
