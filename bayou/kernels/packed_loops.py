@@ -197,21 +197,33 @@ def floats(
     """acc + factor * block @ x for a block of floats."""
     cols = tl.load(rec + 8).to(tl.int32)
     first = tl.load(rec)
-    lines = row.to(tl.int64)[:, None] * cols
-    for c in tl.range(start, stop, 16, num_stages=1):
-        column = c + tl.arange(0, 16)
-        ok = column < stop
-        at = lines + column[None, :]
-        if kind == 3:
-            a = tl.load(first.to(tl.pointer_type(tl.float16)) + at, mask=ok[None, :], other=0.0).to(tl.float32)
-        elif kind == 4:
-            a = tl.load(first.to(tl.pointer_type(tl.bfloat16)) + at, mask=ok[None, :], other=0.0).to(tl.float32)
-        else:
-            a = tl.load(first.to(tl.pointer_type(tl.float32)) + at, mask=ok[None, :], other=0.0)
-        acc = twofold(
-            acc, a, factor, src, rows, part, column, ok, scale_in, PARTS, SCALED, DOT
-        )  # fmt: skip
+    if cols <= 8:  # a band of the first ranks: tensor cores would multiply zeros for the most part
+        for c in range(start, stop):
+            a = number(first, kind, row * cols + c, row >= 0) * factor
+            x = tl.load(src + rows + c).to(tl.float32)
+            if SCALED and scale_in != 0:
+                x *= tl.load(scale_in.to(tl.pointer_type(tl.float16)) + c).to(tl.float32)
+            acc += a[:, None] * tl.where(part == 0, x, 0.0)[None, :]
+    else:
+        lines = row.to(tl.int64)[:, None] * cols
+        for c in tl.range(start, stop, 16, num_stages=1):
+            column = c + tl.arange(0, 16)
+            ok = column < stop
+            a = number(first, kind, lines + column[None, :], (row >= 0)[:, None] & ok[None, :])
+            acc = twofold(acc, a, factor, src, rows, part, column, ok, scale_in, PARTS, SCALED, DOT)
     return acc
+
+
+@triton.jit
+def number(first, kind, at, there):
+    """Floats of a kind (table.FLOAT_KINDS), as fp32."""
+    if kind == 3:
+        a = tl.load(first.to(tl.pointer_type(tl.float16)) + at, mask=there, other=0.0).to(tl.float32)
+    elif kind == 4:
+        a = tl.load(first.to(tl.pointer_type(tl.bfloat16)) + at, mask=there, other=0.0).to(tl.float32)
+    else:
+        a = tl.load(first.to(tl.pointer_type(tl.float32)) + at, mask=there, other=0.0)
+    return a
 
 
 @triton.jit
