@@ -31,6 +31,7 @@ ORDER = (
         "decompose",
         "methods",
         "plan",
+        "outcome",
         "allocate",
     ),
     *(
@@ -46,8 +47,19 @@ ORDER = (
         "inventory",
         "restore",
     ),
-    *("restore", "moments", "calibrate", "momentfiles", "attached", "borrowed", "attach", "distill", "preflight"),
-    *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
+    *(
+        "restore",
+        "moments",
+        "standins",
+        "calibrate",
+        "momentfiles",
+        "attached",
+        "borrowed",
+        "attach",
+        "distill",
+        "preflight",
+    ),
+    *("ahead", "workers", "turns", "spending", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
