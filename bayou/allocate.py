@@ -21,6 +21,11 @@ TABLES = ("embedding", "head")
 Expected = Callable[[SiteRecord], SiteRecord]
 
 
+def as_it_is(site: SiteRecord) -> SiteRecord:
+    """Expects that nothing is smaller than it is before it is entropy-coded."""
+    return site
+
+
 def _options(site: SiteRecord) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((key, value) for key, value in site.options.items() if key != "rank"))
 
@@ -96,13 +101,13 @@ class _Group:
         return low
 
 
-def least(sites: list[SiteRecord], expected: Expected = lambda site: site) -> list[SiteRecord]:
+def least(sites: list[SiteRecord], expected: Expected = as_it_is) -> list[SiteRecord]:
     """The smallest that the sites can be: rank 1 wherever there is a rank."""
     return [expected(with_rank(site, 1) if methods.has_rank(site.method) else fixed(site)) for site in sites]
 
 
 def allocate(
-    sites: list[SiteRecord], budget: int, *, embedding_rate: float, expected: Expected = lambda site: site
+    sites: list[SiteRecord], budget: int, *, embedding_rate: float, expected: Expected = as_it_is
 ) -> list[SiteRecord]:
     """Ranks for `sites` so that their entries take at most `budget` bytes together; `least(sites)` where none do.
 
@@ -149,7 +154,7 @@ def within(
     size: Callable[[list[SiteRecord]], int],
     *,
     embedding_rate: float,
-    expected: Expected = lambda site: site,
+    expected: Expected = as_it_is,
 ) -> tuple[list[SiteRecord], int]:
     """All sites of a file, at ranks by which it has at most `limit` bytes, and the least bytes that it can have.
 

@@ -9,7 +9,7 @@ the file fits. What was chosen depends on the sizes alone: a run that goes on, o
 from dataclasses import replace
 from typing import Any
 
-from bayou import allocate, methods
+from bayou import allocate
 from bayou.contents import Contents
 from bayou.errors import TooSmall
 from bayou.methods import nbytes
@@ -22,10 +22,19 @@ _MISSED = 0.04
 _TIMES = (0.0, 0.02, 0.1, 0.25, 0.5, 0.75)
 """Ranks are chosen again when these shares of the weights are done, and near the end: each time the Plan grows."""
 _NEAR = 0.92
+_SCARCE = 1.5
+"""Below so many times the least file nothing is expected to shrink: what one turn took too much no other could save."""
+_ATTEMPTS = 5
+_FULL = 0.99
+"""A file of less than this of what was asked for is tried again."""
 
 
 class Spending:
-    """sites: as they stand; `coded` of those to come is what is expected of them."""
+    """sites: as they stand; `coded` of those to come is what is expected of them.
+
+    limit: bytes of the file at most; what: what asked for that. Raises TooSmall where the least file, coded or not, is
+    larger.
+    """
 
     def __init__(self, contents: Contents, limit: int, what: str, embedding_rate: float) -> None:
         self._contents, self._limit, self._what, self._rate = contents, limit, what, embedding_rate
@@ -34,7 +43,18 @@ class Spending:
         self._ratios: dict[Any, float] = {}
         self._weights = sum(site.shape[0] * site.shape[1] for site in self.sites if site.method)
         self._times = list(_TIMES)
-        self._choose()
+        coded = [index for index, site in enumerate(self.sites) if site.method]
+        smallest = dict(zip(coded, allocate.least([self.sites[index] for index in coded]), strict=True))
+        least = self._bytes([smallest.get(index, site) for index, site in enumerate(self.sites)])
+        if least > limit:
+            room = least - sum(site.nbytes for site in smallest.values())
+            raise TooSmall(
+                f"{what} is {limit:,} bytes, but the least that this method can make of this model is {least:,} bytes "
+                f"({room:,} of them exact tensors and header); ask for a larger file, or choose another method",
+                least,
+            )
+        self._shrinks = limit >= _SCARCE * least
+        self._choose(0, [])
 
     def turn(self, indexes: list[int], attempt: int) -> None:
         """Ranks for the sites of a turn are in `sites` after this. attempt: how often it has been encoded already."""
@@ -47,12 +67,10 @@ class Spending:
         self._turn_is_new = not attempt and any(_key(self.sites[i]) not in self._ratios for i in indexes)
         if due:
             self._choose(attempt, indexes if self._last(indexes) else [])
+        self._attempt = attempt
 
     def settle(self, records: dict[int, SiteRecord]) -> bool:
-        """The turn's sites as they came out, `coded` measured; False where the turn must be encoded again.
-
-        Raises TooSmall where all ranks of a last turn are 1 and the file is still too large.
-        """
+        """The turn's sites as they came out, `coded` measured; False where the turn must be encoded again."""
         expected = sum(self.sites[index].nbytes for index in records)
         sums: dict[Any, list[int]] = {}
         for index, record in records.items():
@@ -64,16 +82,16 @@ class Spending:
         self._done |= set(records)
         if len(self._done) < len(self.sites):
             found = sum(record.nbytes for record in records.values())
-            return not (self._turn_is_new and abs(found - expected) > _MISSED * expected)
-        total_bytes = self._bytes(self.sites)
-        if total_bytes <= self._limit:
+            return not (self._shrinks and self._turn_is_new and abs(found - expected) > _MISSED * expected)
+        size = self._bytes(self.sites)
+        if self._attempt >= _ATTEMPTS:
+            if size > self._limit:
+                raise TooSmall(
+                    f"{self._what} is {self._limit:,} bytes, and the file has {size:,}; ask for a larger", size
+                )
             return True
-        if all(record.options.get("rank", 1) == 1 for record in records.values()):
-            raise TooSmall(
-                f"{self._what} is {self._limit:,} bytes, and the file came to {total_bytes:,}; ask for a larger one",
-                total_bytes,
-            )
-        return False
+        full = all(record.options.get("rank") == min(record.shape) for record in records.values())
+        return size <= self._limit and (full or size >= _FULL * self._limit)
 
     def _last(self, indexes: list[int]) -> bool:
         return len(self._done) + len(indexes) == len(self.sites)
@@ -87,14 +105,19 @@ class Spending:
 
     def _expected(self, site: SiteRecord) -> SiteRecord:
         whole = nbytes(site.terms, site.shape)
-        ratio = self._ratios.get(_key(site), _GUESS if site.method else 1.0)
-        return replace(site, coded=min(whole, round(ratio * whole)))
+        return replace(site, coded=min(whole, round(self._ratios.get(_key(site), _GUESS) * whole)))
 
-    def _choose(self, attempt: int = 0, last: list[int] | None = None) -> None:
-        """Ranks for all that is not done, so that the whole file is as large as the limit, if expectations hold."""
+    def _choose(self, attempt: int, last: list[int]) -> None:
+        """Ranks for all that is not done, so that the whole file is as large as the limit, if expectations hold.
+
+        last: the sites of the last turn, at its `attempt`.
+        """
         left = [index for index in range(len(self.sites)) if index not in self._done]
         # What a last turn was expected to take it may miss by a few bytes a site.
-        margin = (1 + attempt) * (ALIGN * len(last) + self._limit // 5000) if last else 0
+        margin = (1 + attempt) * (ALIGN * len(last) + self._limit // 5000) if last and self._shrinks else 0
+        expected = self._expected if self._shrinks or (last and attempt) else allocate.as_it_is
+        if attempt >= _ATTEMPTS:
+            margin, expected = 0, allocate.as_it_is
 
         def size(chosen: list[SiteRecord]) -> int:
             sites = list(self.sites)
@@ -103,15 +126,7 @@ class Spending:
             return self._bytes(sites)
 
         sites = [replace(self.sites[index], coded=0) for index in left]
-        chosen, least = allocate.within(
-            sites, self._limit - margin, size, embedding_rate=self._rate, expected=self._expected
-        )
-        if least > self._limit and not self._done - {i for i, site in enumerate(self.sites) if not site.method}:
-            raise TooSmall(
-                f"{self._what} is {self._limit:,} bytes, but the least that this method can make of this model is "
-                f"about {least:,} bytes; ask for a larger file, or choose another method",
-                least,
-            )
+        chosen, _ = allocate.within(sites, self._limit - margin, size, embedding_rate=self._rate, expected=expected)
         for index, site in zip(left, chosen, strict=True):
             self.sites[index] = site
 
@@ -119,4 +134,4 @@ class Spending:
 def _key(site: SiteRecord) -> Any:
     """What sites shrink alike by."""
     options = tuple(sorted((key, value) for key, value in site.options.items() if key != "rank"))
-    return site.shape, site.method, options, methods.has_rank(site.method) if site.method else False
+    return site.shape, site.method, options

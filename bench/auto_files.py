@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
     **{f"auto, group {group}": {"options": {"group": group}} for group in (64, 256, 512)},
     **{f"auto, damping {damping}": {"options": {"damping": damping}} for damping in (0.001, 0.1)},
-    **{f"auto, {tokens} tokens": {"tokens": tokens} for tokens in (4096, 16384, 65536, 262144)},
+    **{f"auto, {tokens} tokens": {"tokens": tokens} for tokens in (4096, 8192, 16384, 65536, 262144)},
 }
 
 

@@ -1,9 +1,10 @@
 """What Bayou does when no method is named: the truest file that it knows to make of any size.
 
-    factors     Delta-CoMe's: singular vectors in bands of bits, GPTQ-rounded, each row at its full strength
+    factors     Delta-CoMe's (arXiv 2406.08903): singular vectors in bands of bits, GPTQ-rounded, each row at its full
+                strength
     targets     not each delta D as it is, but D + W C: what the fine-tune's linear gives of its input x, from the input
                 y that the compressed model has; so each matrix makes good what those before it have lost
-                (moments.correction)
+                (moments.correction; PrinMix's corrected targets, arXiv 2506.11087, here over both models' inputs)
     bytes       entropy-coded, and as many ranks as fill the size that is asked for then (spending.py)
 
 LOG.md has what each is worth. Each can be had apart: `--method deltacome --activations corrected`, `--entropy`.
