@@ -58,7 +58,7 @@ def compress(
     finetuned: str | Path | Checkpoint,
     out: str | Path,
     *,
-    method: str = "deltacome",
+    method: str = "auto",
     options: dict[str, Any] | None = None,
     ratio: float | None = None,
     budget: int | None = None,
@@ -110,6 +110,7 @@ def compress(
     """
     started = time.perf_counter()
     preflight.check_size(ratio, budget, accounting)
+    preflight.check_activations(activations)
     own = getattr(methods.get(method), "DISTILL_STEPS", 0)
     distil = own if distill_steps is None else distill_steps
     chosen_by_method = activations is None

@@ -154,7 +154,7 @@ def test_a_group_that_was_cut_short_is_done_again_whole(
         patch.setattr("bayou.journal.Journal.put", stopping)
         with pytest.raises(Killed):
             bayou.compress(base, tuned, tmp_path / "cut", **FEW)
-    assert len(list((tmp_path / "cut.journal").glob("*.site"))) == after
+    assert len(list((tmp_path / "cut.journal").glob("*.site"))) == len(set(kept)) > 0
     bayou.compress(base, tuned, tmp_path / "cut", **FEW)
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 

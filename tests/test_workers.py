@@ -50,7 +50,7 @@ def test_a_guest_neither_makes_nor_removes_the_journal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", ["finetuned", "compressed"])
+@pytest.mark.parametrize("activations", ["finetuned", "compressed", "corrected"])
 def test_two_processes_write_the_file_of_one(base: Path, tuned: Path, tmp_path: Path, activations: str) -> None:
     options = ["compress", str(base), str(tuned), "--ratio", "4", "--tokens", "1024", "--length", "64"]
     options += ["--activations", activations]
