@@ -223,7 +223,7 @@ def walk(
             `visit` left it (it runs twice), or "corrected": each of two streams of hidden states its own. Then `visit`
             is called for one input of the layer after the other, in the order of its forward, and once more with
             nothing at the end; the grams are those of the compressed model's inputs y; and a third argument is
-            {module path: the sum of (x - y) y^T}, x the fine-tune's input. It runs about four times, in two copies.
+            {module path: the sum of (x - y) y^T}, x the fine-tune's input. It runs about three times, in two copies.
         begin: "corrected": within the context that it makes all outside the layers is compressed; after it, and a
             second fill(None), the fine-tune's. So the compressed stream begins with what the embedding has lost.
         progress: progress(layers done, layers).
@@ -266,7 +266,8 @@ def walk(
         parameters = list(inner[i].parameters())
         own, less = [p.data.clone() for p in parameters], [p.data for p in parameters]
 
-        def both(pairs: Pairs | None) -> Any:
+        def both(pairs: Pairs) -> Any:
+            """One pass; where no input was left it is the last, and its outputs take the places of the inputs."""
             out = None
             for start in range(0, windows, step):
                 part = slice(start, start + step)
@@ -275,25 +276,21 @@ def walk(
                 for stream, weights in ((hidden, own), (ours, less)):
                     for parameter, weight in zip(parameters, weights, strict=True):
                         parameter.data = weight
-                    with nullcontext() if pairs is None else pairs.forward(listening=stream is hidden):
+                    with pairs.forward(listening=stream is hidden):
                         results.append(inner[i](stream[part], *rest[0], **rest[1]))
-                if pairs is not None:
-                    pairs.end_of_step()
-                    continue
-                for stream, out in zip((ours, hidden), reversed(results), strict=True):
+                pairs.end_of_step()
+                for stream, out in zip((ours, hidden), () if pairs.named else reversed(results), strict=False):
                     stream[part] = out[0] if isinstance(out, tuple) else out
             return out
 
         done: set[str] = set()
         for stage in count():
             with Pairs(inner[i], f"{path}.{i}", done, rest=stage == _STAGES) as pairs:
-                both(pairs)
+                out = None if last and pairs.all_done else both(pairs)
             visit(i, pairs.named, pairs.lacking)
             if not pairs.named:
-                break
+                return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
             done |= set(pairs.named)
-        out = None if last else both(None)
-        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
     def layer(i: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         nonlocal through

@@ -94,6 +94,12 @@ class Pairs(Grams):
         self._lacking: dict[int, Tensor] = {}  # by the id of the gram that goes with it
         self._unpaired: set[int] = set()
 
+    @property
+    def all_done(self) -> bool:
+        """Whether no module is left whose input could come."""
+        names = {f"{self._path}.{name}" for name, module in self._root.named_modules() if _takes_vectors(module)}
+        return names <= set(self._done)
+
     @contextmanager
     def forward(self, *, listening: bool = False) -> Iterator[None]:
         """Around a forward; listening: it is the fine-tune's, whose inputs are remembered."""

@@ -9,7 +9,9 @@ rows than the odd ones that are scored (quality.training_rows). A line has the b
 
 import argparse
 import json
+import os
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from quality import load_testbed, machine
 from torch import Tensor
 
 import bayou
-from bayou import encoder
+from bayou import calibrate, encoder
 from bayou.deltafile import DeltaFile
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -28,8 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "entropy": {"activations": "finetuned"},
     "corrected, not coded": {"method": "deltacome", "activations": "corrected"},
     "auto": {},
-    **{f"auto, ridge {ridge}": {"ridge": ridge} for ridge in (0.1, 0.3, 3.0, 10.0)},
-    **{f"auto, embedding rate {rate}": {"embedding_rate": rate} for rate in (0.25, 0.35, 0.75, 1.0)},
+    "auto, both begin with the fine-tune's embedding": {"begin": False},
+    **{f"auto, ridge {ridge}": {"ridge": ridge} for ridge in (0.1, 0.3, 3.0, 10.0, 30.0)},
+    **{f"auto, embedding rate {rate}": {"embedding_rate": rate} for rate in (0.15, 0.25, 0.35, 0.75, 1.0)},
     **{
         f"auto, embedding in {bits} bits": {"embedding_options": {"method": "lowrank", "bits": bits}} for bits in (3, 8)
     },
@@ -41,6 +44,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     **{f"auto, damping {damping}": {"options": {"damping": damping}} for damping in (0.001, 0.1)},
     **{f"auto, {tokens} tokens": {"tokens": tokens} for tokens in (4096, 8192, 16384, 65536, 262144)},
 }
+
+RIDGE, walk = encoder.RIDGE, calibrate.walk
 
 
 class Rows(Bed):
@@ -80,10 +85,12 @@ def main() -> None:
     a = parser.parse_args()
     drop = {"intent": 0.25, "sql": 0.08}[a.task]
     rows = Rows(load_testbed(a.testbed), a.models, a.task, a.device, "rows", 0, a.rows, drop, a.keep)
-    path = a.keep / f"{a.task}-{a.device}.bayou"
+    path = a.keep / f"{a.task}-{os.getpid()}.bayou"
     for name in list(VARIANTS) if a.only == ["all"] else a.only:
         chosen = {"method": "auto", "tokens": a.tokens} | VARIANTS[name]
-        encoder.RIDGE = chosen.pop("ridge", 1.0)
+        encoder.RIDGE = chosen.pop("ridge", RIDGE)
+        same = {} if chosen.pop("begin", True) else {"begin": nullcontext}
+        calibrate.walk = lambda *given, **how: walk(*given, **how | same)  # noqa: B023
         for ratio in a.ratio:
             started = time.perf_counter()
             told = bayou.compress(
@@ -97,6 +104,7 @@ def main() -> None:
             line["machine"] = machine(a.device)
             with open(a.out, "a") as file:
                 file.write(json.dumps(line) + "\n")
+            path.unlink()
             print(f"{name:32s} {a.task} 1/{told.ratio:.2f} KL {line['kl']:.6f} {seconds:.0f} s", flush=True)
 
 
