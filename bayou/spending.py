@@ -43,6 +43,7 @@ class Spending:
         self._ratios: dict[Any, float] = {}
         self._weights = sum(site.shape[0] * site.shape[1] for site in self.sites if site.method)
         self._times = list(_TIMES)
+        self._surprised = False
         coded = [index for index, site in enumerate(self.sites) if site.method]
         smallest = dict(zip(coded, allocate.least([self.sites[index] for index in coded]), strict=True))
         least = self._bytes([smallest.get(index, site) for index, site in enumerate(self.sites)])
@@ -60,7 +61,7 @@ class Spending:
         """Ranks for the sites of a turn are in `sites` after this. attempt: how often it has been encoded already."""
         self._done -= set(indexes)
         share = sum(self._size(index) for index in self._done) / max(1, self._weights)
-        due = attempt > 0 or share >= _NEAR or self._last(indexes)
+        due = attempt > 0 or share >= _NEAR or self._surprised or self._last(indexes)
         while self._times and share >= self._times[0]:
             self._times.pop(0)
             due = True
@@ -82,7 +83,8 @@ class Spending:
         self._done |= set(records)
         if len(self._done) < len(self.sites):
             found = sum(record.nbytes for record in records.values())
-            return not (self._shrinks and self._turn_is_new and abs(found - expected) > _MISSED * expected)
+            self._surprised = abs(found - expected) > _MISSED * expected
+            return not (self._shrinks and self._turn_is_new and self._surprised)
         size = self._bytes(self.sites)
         if self._attempt >= _ATTEMPTS:
             if size > self._limit:
