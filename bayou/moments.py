@@ -89,7 +89,8 @@ class Pairs(Grams):
         super().__init__(root, path)
         self._done, self._rest = done, rest
         self._listening = False
-        self._here: object = None  # the input of this forward
+        self._here: object = None  # the input of this forward, and how many modules have been given it
+        self._given, self._modules = 0, 0  # ... and how many will be, once a forward has shown that
         self._wanted: dict[str, list[tuple[Tensor, int]]] = {}
         self._lacking: dict[int, Tensor] = {}  # by the id of the gram that goes with it
         self._unpaired: set[int] = set()
@@ -103,19 +104,27 @@ class Pairs(Grams):
     @contextmanager
     def forward(self, *, listening: bool = False) -> Iterator[None]:
         """Around a forward; listening: it is the fine-tune's, whose inputs are remembered."""
-        self._listening, self._here = listening, None
+        self._listening, self._here, self._given = listening, None, 0
         with suppress(Pairs.Enough):
             yield
         self._listening = False
+        self._modules = self._modules or self._given
 
     def add(self, name: str, x: Tensor) -> bool:
-        """Add the tokens of x (..., in), or remember them while listening."""
+        """Add the tokens of x (..., in), or remember them while listening. Raises Enough."""
         if name in self._done:
             return False
         key = _key(x)
         if not self._rest and self._here not in (None, key):
             raise Pairs.Enough
         self._here = key
+        self._given += 1
+        fresh = self._add(name, x)
+        if not self._rest and self._given == self._modules:
+            raise Pairs.Enough  # before the last of them has even been run
+        return fresh
+
+    def _add(self, name: str, x: Tensor) -> bool:
         if self._listening:
             self._wanted.setdefault(name, []).append((x, _version(x)))
             return True

@@ -40,6 +40,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
         f"auto, bands {bands}": {"options": {"bands": bands}}
         for bands in ("8x2,4x16,2", "8x2,2", "4x8,2", "8x2,4", "4x16,1", "8x2,3x32,2x48,1", "8x4,4x16,3x48,2", "3", "2")
     },
+    **{
+        f"auto, ridge 10, bands {bands}": {"ridge": 10.0, "options": {"bands": bands}}
+        for bands in ("8x2,3x8,2", "8x2,2", "8x1,3x4,2", "3x8,2", "8x2,3x32,2x48,1")
+    },
     **{f"auto, group {group}": {"options": {"group": group}} for group in (64, 256, 512)},
     **{f"auto, damping {damping}": {"options": {"damping": damping}} for damping in (0.001, 0.1)},
     **{f"auto, {tokens} tokens": {"tokens": tokens} for tokens in (4096, 8192, 16384, 65536, 262144)},
