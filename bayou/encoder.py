@@ -39,7 +39,7 @@ from bayou.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 
-RIDGE = 1.0
+RIDGE = 3.0
 """Of corrections, in shares of the inputs' mean second moment (LOG.md, "Corrected targets")."""
 
 

@@ -68,6 +68,7 @@ def test_a_ridge_without_end_corrects_nothing(folder: Path, tmp_path: Path, monk
     """The moments are then still the compressed model's: the file is that of --activations compressed, nearly."""
     base, tuned = models("llama_gqa", folder)
     sizes = {"method": "deltacome", "ratio": 4, **FEW}
+    monkeypatch.setattr(encoder, "RIDGE", 0.3)
     bayou.compress(base, tuned, tmp_path / "some", activations="corrected", **sizes)
     monkeypatch.setattr(encoder, "RIDGE", 1e12)
     bayou.compress(base, tuned, tmp_path / "none", activations="corrected", **sizes)
