@@ -31,14 +31,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "corrected, not coded": {"method": "deltacome", "activations": "corrected"},
     "auto": {},
     "auto, both begin with the fine-tune's embedding": {"begin": False},
-    **{f"auto, ridge {ridge}": {"ridge": ridge} for ridge in (0.1, 0.3, 3.0, 10.0, 30.0)},
+    **{f"auto, ridge {ridge}": {"ridge": ridge} for ridge in (0.1, 0.3, 1.0, 10.0, 30.0)},
     **{f"auto, embedding rate {rate}": {"embedding_rate": rate} for rate in (0.15, 0.25, 0.35, 0.75, 1.0)},
     **{
         f"auto, embedding in {bits} bits": {"embedding_options": {"method": "lowrank", "bits": bits}} for bits in (3, 8)
     },
     **{
         f"auto, bands {bands}": {"options": {"bands": bands}}
-        for bands in ("8x2,4x16,2", "8x2,2", "4x8,2", "8x2,4", "4x16,1", "8x2,3x32,2x48,1", "8x4,4x16,3x48,2", "3", "2")
+        for bands in (
+            "8x2,3x32,2",
+            "8x2,4x16,2",
+            "4x8,2",
+            "4x2,2",
+            "2x32,1",
+            "8x2,4",
+            "4x16,1",
+            "8x2,3x32,2x48,1",
+            "8x4,4x16,3x48,2",
+            "3",
+            "2",
+        )
     },
     **{
         f"auto, ridge 10, bands {bands}": {"ridge": 10.0, "options": {"bands": bands}}

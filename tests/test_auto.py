@@ -51,7 +51,8 @@ def test_the_coded_file_has_the_size_that_was_asked_for(name: str, ratio: float,
     assert told.bytes == size <= limit and told.method == "auto"
     file = DeltaFile(tmp_path / "a")
     assert file.verify() and any(site.coded for site in file.sites.values())
-    assert size > 0.95 * limit  # so small a model has few ranks to give out
+    full = all(site.options.get("rank", 0) == min(site.shape) for site in file.sites.values() if site.method == "auto")
+    assert full or size > 0.95 * limit  # so small a model has few ranks to give out
 
 
 def test_each_matrix_makes_good_what_those_before_have_lost(folder: Path, tmp_path: Path) -> None:
@@ -59,7 +60,8 @@ def test_each_matrix_makes_good_what_those_before_have_lost(folder: Path, tmp_pa
     found = {}
     for activations in ("finetuned", "corrected"):
         out = tmp_path / activations
-        bayou.compress(base, tuned, out, ratio=4, activations=activations, **FEW)  # type: ignore[arg-type]
+        how: dict[str, Any] = {"activations": activations, "options": {"bands": "8x2,3x32,2"}}
+        bayou.compress(base, tuned, out, ratio=4, **how, **FEW)
         found[activations] = lost(base, tuned, out)
     assert found["corrected"] < 0.9 * found["finetuned"] < 0.9
 

@@ -49,7 +49,7 @@ def spend(limit: int, shrinks: Callable[[SiteRecord], float], layers: int = 6) -
     return replace(start, sites=spending.sites).nbytes(), encoded
 
 
-@pytest.mark.parametrize("limit", [60_000, 90_000, 120_000])
+@pytest.mark.parametrize("limit", [60_000, 80_000, 100_000])
 @pytest.mark.parametrize(
     "shrinks",
     [
