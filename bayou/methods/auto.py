@@ -1,6 +1,6 @@
 """What Bayou does when no method is named: the truest file that it knows to make of any size.
 
-    factors     Delta-CoMe's (arXiv 2406.08903): singular vectors, two in 8 bits and the rest in 2, GPTQ-rounded, each
+    factors     Delta-CoMe's (arXiv 2406.08903): singular vectors, all in 2 bits, GPTQ-rounded, each
                 row at its full strength
     targets     not each delta D as it is, but D + W C: what the fine-tune's linear gives of its input x, from the input
                 y that the compressed model has; so each matrix makes good what those before it have lost
@@ -31,13 +31,13 @@ SIZED = True
 
 
 def layout(
-    shape: tuple[int, int], *, rank: int, bands: str = "8x2,2", group: int = 128, damping: float = 0.01
+    shape: tuple[int, int], *, rank: int, bands: str = "2", group: int = 128, damping: float = 0.01
 ) -> tuple[TermLayout, ...]:
     """deltacome's."""
     return deltacome.layout(shape, rank=rank, bands=bands, group=group, damping=damping)
 
 
-def encode(site: Site, *, rank: int, bands: str = "8x2,2", group: int = 128, damping: float = 0.01) -> tuple[Term, ...]:
+def encode(site: Site, *, rank: int, bands: str = "2", group: int = 128, damping: float = 0.01) -> tuple[Term, ...]:
     """deltacome's factors of what the site should give, `rank` ranks in all; the options are deltacome's."""
     return deltacome.encode(site, rank=rank, bands=bands, group=group, damping=damping)
 
