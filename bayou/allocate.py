@@ -18,6 +18,13 @@ from bayou.plan import SiteRecord
 TABLES = ("embedding", "head")
 """Roles whose matrices are tables of tokens."""
 
+Expected = Callable[[SiteRecord], SiteRecord]
+
+
+def as_it_is(site: SiteRecord) -> SiteRecord:
+    """Expects that nothing is smaller than it is before it is entropy-coded."""
+    return site
+
 
 def _options(site: SiteRecord) -> tuple[tuple[str, Any], ...]:
     return tuple(sorted((key, value) for key, value in site.options.items() if key != "rank"))
@@ -72,8 +79,9 @@ def by_paper(sites: list[SiteRecord], ratio: float) -> list[SiteRecord]:
 class _Group:
     """Sites of one shape, method, options and weight: the same rank is right for all, so it is looked for once."""
 
-    def __init__(self, site: SiteRecord, weight: float) -> None:
+    def __init__(self, site: SiteRecord, weight: float, expected: Expected) -> None:
         self.site = site
+        self._expected = expected
         self.members: list[int] = []
         self._share = weight * site.shape[0] * site.shape[1]
         self._sizes: dict[int, int] = {}
@@ -81,7 +89,7 @@ class _Group:
     def size(self, rank: int) -> int:
         """Bytes of one site at this rank."""
         if rank not in self._sizes:
-            self._sizes[rank] = with_rank(self.site, rank).nbytes
+            self._sizes[rank] = self._expected(with_rank(self.site, rank)).nbytes
         return self._sizes[rank]
 
     def rank(self, rate: float) -> int:
@@ -93,17 +101,20 @@ class _Group:
         return low
 
 
-def least(sites: list[SiteRecord]) -> list[SiteRecord]:
+def least(sites: list[SiteRecord], expected: Expected = as_it_is) -> list[SiteRecord]:
     """The smallest that the sites can be: rank 1 wherever there is a rank."""
-    return [with_rank(site, 1) if methods.has_rank(site.method) else fixed(site) for site in sites]
+    return [expected(with_rank(site, 1) if methods.has_rank(site.method) else fixed(site)) for site in sites]
 
 
-def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> list[SiteRecord]:
+def allocate(
+    sites: list[SiteRecord], budget: int, *, embedding_rate: float, expected: Expected = as_it_is
+) -> list[SiteRecord]:
     """Ranks for `sites` so that their entries take at most `budget` bytes together; `least(sites)` where none do.
 
-    embedding_rate: bytes a weight of embeddings and heads, relative to linears'.
+    embedding_rate: bytes a weight of embeddings and heads, relative to linears'. expected: a site of a rank as it is
+    expected to come out, where that is not known (see spending.py).
     """
-    chosen = least(sites)
+    chosen = least(sites, expected)
     dialled = [i for i, site in enumerate(sites) if methods.has_rank(site.method)]
     constant = sum(site.nbytes for site in chosen) - sum(chosen[i].nbytes for i in dialled)
     weight = {i: embedding_rate if sites[i].role in TABLES else 1.0 for i in dialled}
@@ -114,7 +125,7 @@ def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> 
     groups: dict[tuple[Any, ...], _Group] = {}
     for i in dialled:
         key = (sites[i].shape, sites[i].method, _options(sites[i]), weight[i])
-        groups.setdefault(key, _Group(sites[i], weight[i])).members.append(i)
+        groups.setdefault(key, _Group(sites[i], weight[i], expected)).members.append(i)
 
     low, high = 0.0, 8.0
     for _ in range(50):
@@ -133,12 +144,17 @@ def allocate(sites: list[SiteRecord], budget: int, *, embedding_rate: float) -> 
             if cost <= left:
                 final[i], left = more, left - cost
     for i, rank in final.items():
-        chosen[i] = with_rank(sites[i], rank)
+        chosen[i] = expected(with_rank(sites[i], rank))
     return chosen
 
 
 def within(
-    sites: list[SiteRecord], limit: int, size: Callable[[list[SiteRecord]], int], *, embedding_rate: float
+    sites: list[SiteRecord],
+    limit: int,
+    size: Callable[[list[SiteRecord]], int],
+    *,
+    embedding_rate: float,
+    expected: Expected = as_it_is,
 ) -> tuple[list[SiteRecord], int]:
     """All sites of a file, at ranks by which it has at most `limit` bytes, and the least bytes that it can have.
 
@@ -150,7 +166,7 @@ def within(
         following = iter(picked)
         return [next(following) if site.method else site for site in sites]
 
-    smallest = among_all(least(coded))
+    smallest = among_all(least(coded, expected))
     fewest = size(smallest)
     if fewest > limit:
         return smallest, fewest
@@ -158,7 +174,7 @@ def within(
     # The header grows a little with the variety of ranks, so the room for it is found by trying. This ends: the entries
     # fit into what the room left, so a file that is too large has found more room, or it is the smallest, which fits.
     while True:
-        trial = among_all(allocate(coded, limit - room, embedding_rate=embedding_rate))
+        trial = among_all(allocate(coded, limit - room, embedding_rate=embedding_rate, expected=expected))
         total = size(trial)
         if total <= limit:
             return trial, fewest

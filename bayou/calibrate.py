@@ -12,10 +12,11 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,14 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTr
 
 from bayou import skeleton
 from bayou.errors import BadInput
-from bayou.moments import Grams
+from bayou.moments import Grams, Pairs
 from bayou.skeleton import Place, decoder_layers
+from bayou.standins import StandIns, cut, own_head
+
+Activations = Literal["finetuned", "compressed", "corrected"]
+ACTIVATIONS: tuple[str, ...] = get_args(Activations)
+
+_STAGES = 8  # inputs of a layer that are compressed one after the other; a layer of more has the rest at once
 
 _DOCUMENT = 2000  # characters: paragraphs of a text file are joined until a document has that many
 
@@ -185,10 +192,11 @@ def walk(
     *,
     fill: Callable[[int | None], None],
     empty: Callable[[int], None],
-    visit: Callable[[int, dict[str, Tensor]], None],
+    visit: Callable[..., None],
     batch: int = 8,
     device: torch.device | str = "cpu",
-    keep: Literal["finetuned", "compressed"] = "finetuned",
+    keep: Activations = "finetuned",
+    begin: Callable[[], AbstractContextManager[None]] = nullcontext,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Run `model` over `ids` once, a decoder layer at a time, and show each layer's input moments to `visit`.
@@ -201,7 +209,6 @@ def walk(
     A gram is the sum over tokens of x x^T, (in, in) fp32, of the input x of an nn.Linear, a Conv1D, a router
     or a module of merged experts (all experts' first matrices share its input; their second have none).
     Modules that are given the same x (q, k and v; gate and up) have the same gram, as one tensor object.
-
     Args:
         model: the fine-tune, its weights wherever `fill` finds them (a meta skeleton, or all of it loaded).
         ids: (windows, length) int64, without padding; one window is dropped where the two are equal, since
@@ -209,22 +216,27 @@ def walk(
         fill: fill(i) makes layer i's weights ready on `device`, fill(None) all outside the layers (it stays).
         empty: empty(i) lets layer i go; called also when something in the layer failed.
         visit: visit(i, {module path in the model: gram}); an untied head comes last, as i = number of layers.
-            With keep="compressed" it overwrites the parameters of layer i by the compressed ones.
+            With keep="compressed" or "corrected" it overwrites the parameters of layer i by the compressed ones.
         batch: windows a step.
         device: where the ids are put, and so where the model runs.
         keep: what the next layer is given: the outputs of the fine-tune's layer, or those of the layer as
-            `visit` left it (it runs twice).
+            `visit` left it (it runs twice), or "corrected": each of two streams of hidden states its own. Then `visit`
+            is called for one input of the layer after the other, in the order of its forward, and once more with
+            nothing at the end; the grams are those of the compressed model's inputs y; and a third argument is
+            {module path: the sum of (x - y) y^T}, x the fine-tune's input. It runs about three times, in two copies.
+        begin: "corrected": within the context that it makes all outside the layers is compressed; after it, and a
+            second fill(None), the fine-tune's. So the compressed stream begins with what the embedding has lost.
         progress: progress(layers done, layers).
 
     Raises:
-        BadInput: `keep` is neither word, or the windows are longer than the model's positions.
+        BadInput: `keep` is no such word, or the windows are longer than the model's positions.
         Whatever fill, visit, empty or the model raise; every stand-in is gone by then.
     """
-    if keep not in ("finetuned", "compressed"):
-        raise BadInput(f'keep must be "finetuned" or "compressed", not {keep!r}')
+    if keep not in ACTIVATIONS:
+        raise BadInput(f"keep must be one of {', '.join(ACTIVATIONS)}, not {keep!r}")
     windows, length = ids.shape
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is not None and length > most:
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or length
+    if length > most:
         raise BadInput(f"windows of {length} tokens are too long: the model has {most} positions")
     if windows == length and windows > 1:
         windows -= 1
@@ -232,33 +244,72 @@ def walk(
     step = windows if windows <= 4 else batch
     path, layers = decoder_layers(model)
     inner = list(layers)  # the layers themselves, while stand-ins take their places
-    head = _own_head(model)
+    head = own_head(model)
+    given = ids[:windows].to(device)
+    # The compressed model's hidden states ("corrected"), and whether they have come through the layers.
+    ours, through = torch.empty(0), False
     fill(None)
 
     def run(i: int, hidden: Tensor, args: Any, kwargs: Any, grams: Grams | None, over: bool) -> Any:
         """Layer i over all windows, a step at a time; `over`: its outputs take the place of its inputs."""
         for start in range(0, windows, step):
             part = slice(start, start + step)
-            out = inner[i](hidden[part], *_cut(args, windows, part), **_cut(kwargs, windows, part))
+            out = inner[i](hidden[part], *cut(args, windows, part), **cut(kwargs, windows, part))
             if over:
                 hidden[part] = out[0] if isinstance(out, tuple) else out
             if grams is not None:
                 grams.end_of_step()
         return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
 
+    def pursue(i: int, hidden: Tensor, args: Any, kwargs: Any, last: bool) -> Any:
+        """Both streams through layer i, input by input, so that the next can correct what the first have lost."""
+        parameters = list(inner[i].parameters())
+        own, less = [p.data.clone() for p in parameters], [p.data for p in parameters]
+
+        def both(pairs: Pairs) -> Any:
+            """One pass; where no input was left it is the last, and its outputs take the places of the inputs."""
+            out = None
+            for start in range(0, windows, step):
+                part = slice(start, start + step)
+                rest = cut(args, windows, part), cut(kwargs, windows, part)
+                results = []
+                for stream, weights in ((hidden, own), (ours, less)):
+                    for parameter, weight in zip(parameters, weights, strict=True):
+                        parameter.data = weight
+                    with pairs.forward(listening=stream is hidden):
+                        results.append(inner[i](stream[part], *rest[0], **rest[1]))
+                pairs.end_of_step()
+                for stream, out in zip((ours, hidden), () if pairs.named else reversed(results), strict=False):
+                    stream[part] = out[0] if isinstance(out, tuple) else out
+            return out
+
+        done: set[str] = set()
+        for stage in count():
+            with Pairs(inner[i], f"{path}.{i}", done, rest=stage == _STAGES) as pairs:
+                out = None if last and pairs.all_done else both(pairs)
+            visit(i, pairs.named, pairs.lacking)
+            if not pairs.named:
+                return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+            done |= set(pairs.named)
+
     def layer(i: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        nonlocal through
         # From here on the layer is in its own place again, where fill, visit and empty look for it.
         stand_ins.restore(f"{path}.{i}")
         last = i == len(inner) - 1 and head is None  # nobody wants its outputs
         try:
             fill(i)
-            with Grams(inner[i], f"{path}.{i}") as grams:
-                out = run(i, hidden, args, kwargs, grams, over=keep == "finetuned" and not last)
-            visit(i, grams.named)
+            if keep == "corrected":
+                out = pursue(i, hidden, args, kwargs, last)
+            else:
+                with Grams(inner[i], f"{path}.{i}") as grams:
+                    out = run(i, hidden, args, kwargs, grams, over=keep == "finetuned" and not last)
+                visit(i, grams.named)
             if keep == "compressed" and not last:
                 out = run(i, hidden, args, kwargs, None, over=True)
         finally:
             empty(i)
+        through = keep == "corrected" and i == len(inner) - 1
         if progress is not None:
             progress(i + 1, len(inner))
         if last:
@@ -267,19 +318,34 @@ def walk(
 
     def norm(module: nn.Module, hidden: Tensor) -> Tensor:
         # In place and a step at a time: a norm's temporaries are several times its input.
-        for part in hidden.split(step):
-            part.copy_(module(part))
+        for stream in (hidden, ours) if through else (hidden,):
+            for part in stream.split(step):
+                part.copy_(module(part))
         return hidden
 
-    head_grams = Grams(model, "")
+    head_grams = Pairs(model, "") if keep == "corrected" else Grams(model, "")
 
     def end(hidden: Tensor) -> None:
-        for part in hidden.split(step):
-            head_grams.add(str(head), part)
+        for part, other in zip(hidden.split(step), (ours if through else hidden).split(step), strict=True):
+            if isinstance(head_grams, Pairs):
+                with head_grams.forward(listening=True):
+                    head_grams.add(str(head), part)
+            head_grams.add(str(head), other)
             head_grams.end_of_step()
         raise _Done
 
-    with torch.no_grad(), _StandIns(model) as stand_ins:
+    def first(hidden: Tensor, *_: Any, **__: Any) -> None:
+        nonlocal ours
+        ours = hidden.clone()
+        raise _Done
+
+    with torch.no_grad(), StandIns(model) as stand_ins:
+        if keep == "corrected":
+            with begin(), suppress(_Done):
+                stand_ins.put(f"{path}.0", first)
+                model(input_ids=given, use_cache=False)
+            stand_ins.restore(f"{path}.0")
+            fill(None)
         for i in range(len(inner)):
             stand_ins.put(f"{path}.{i}", partial(layer, i))
         if head is not None:
@@ -289,75 +355,15 @@ def walk(
                 if "norm" in type(child).__name__.lower():
                     stand_ins.put(f"{decoder}.{name}".lstrip("."), partial(norm, child))
         with suppress(_Done):
-            model(input_ids=ids[:windows].to(device), use_cache=False)
-    if head is not None:
+            model(input_ids=given, use_cache=False)
+    if isinstance(head_grams, Pairs) and head is not None:
+        visit(len(inner), head_grams.named, head_grams.lacking)
+    elif head is not None:
         visit(len(inner), head_grams.named)
 
 
 class _Done(Exception):
     """Nothing after this point of the forward is needed."""
-
-
-class _StandIn(nn.Module):
-    """Runs a function in a module's place and passes for it: any other attribute is the module's."""
-
-    def __init__(self, module: nn.Module, function: Callable[..., Any]) -> None:
-        super().__init__()
-        # Not a child: the paths of the model's modules and parameters stay as they are.
-        self.__dict__["_module"], self.__dict__["_function"] = module, function
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_module"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.__dict__["_function"](*args, **kwargs)
-
-
-class _StandIns:
-    """Stand-ins in a model; at the end, whatever happened, every module is in its own place again."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._originals: dict[str, nn.Module] = {}
-
-    def __enter__(self) -> _StandIns:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for path in list(self._originals):
-            self.restore(path)
-
-    def put(self, path: str, function: Callable[..., Any]) -> None:
-        """Let `function` run in the place of the module at `path`."""
-        self._originals[path] = self._model.get_submodule(path)
-        self._set(path, _StandIn(self._originals[path], function))
-
-    def restore(self, path: str) -> None:
-        """Put the module that belongs at `path` there."""
-        self._set(path, self._originals.pop(path))
-
-    def _set(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self._model.get_submodule(parent), name, module)
-
-
-def _cut(value: Any, windows: int, part: slice) -> Any:
-    """The slice `part` of every tensor in `value` that holds all windows: on axis 0, or 1 (Qwen2-VL)."""
-    if isinstance(value, Tensor):
-        if value.ndim and value.shape[0] == windows:
-            return value[part]
-        return value[:, part] if value.ndim > 2 and value.shape[1] == windows else value
-    if isinstance(value, dict):
-        return {key: _cut(item, windows, part) for key, item in value.items()}
-    return type(value)(_cut(item, windows, part) for item in value) if isinstance(value, tuple | list) else value
-
-
-def _own_head(model: PreTrainedModel) -> str | None:
-    """The path of the output embedding, if it has a weight of its own (not the input embedding's)."""
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head is None or head.weight is table.weight:
-        return None
-    return next(path for path, module in model.named_modules() if module is head)
 
 
 def _documents(source: Path | None, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -50,7 +50,7 @@ def _options(pairs: list[str] | None) -> dict[str, Any]:
     return chosen
 
 
-@app.command(epilog="Example: bayou compress org/base ./my-finetune -o math.bayou --method deltacome --ratio 16")
+@app.command(epilog="Example: bayou compress org/base ./my-finetune -o math.bayou --ratio 16")
 def compress(
     base: Base,
     finetuned: Annotated[str, typer.Argument(help="The fine-tune: a model folder or a Hub id.")],
@@ -60,7 +60,9 @@ def compress(
         float | None, typer.Option(help="Bytes of the fine-tune over bytes of the file; 16 unless given.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="The file's size instead, e.g. 350MB.")] = None,
-    bands: Annotated[str | None, typer.Option(help="deltacome: BITSxRANKS,...; the last band takes the rest.")] = None,
+    bands: Annotated[
+        str | None, typer.Option(help="auto, deltacome: BITSxRANKS,...; the last band takes the rest.")
+    ] = None,
     bits: Annotated[int | None, typer.Option(help="lowrank: bits of the factors, 16 or 1 to 8.")] = None,
     refit: Annotated[
         str | None, typer.Option(help="deltacome: rows, full or none (as published); rows unless given.")
@@ -78,8 +80,9 @@ def compress(
     tokens: Annotated[int | None, typer.Option(help="Calibration tokens; 32768 on the CPU, 262144 on a GPU.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of a calibration window.")] = 512,
     activations: Annotated[
-        str, typer.Option(help="Calibrate on those of the finetuned or the compressed model.")
-    ] = "finetuned",
+        str | None,
+        typer.Option(help="Calibrate on those of the finetuned or compressed model, or of both: corrected (auto)."),
+    ] = None,
     distill: Annotated[
         float | None, typer.Option(help="Minutes of training scales, gains and norms to the fine-tune's logits.")
     ] = None,
@@ -88,8 +91,9 @@ def compress(
         str, typer.Option(help="all; gains: BitDelta's recipe, which bitdelta has by itself (200 steps).")
     ] = "all",
     entropy: Annotated[
-        bool, typer.Option("--entropy", help="Code by entropy: smaller, a little slower to load.")
-    ] = False,
+        bool | None,
+        typer.Option("--entropy/--no-entropy", help="Code by entropy: smaller, a little slower to load; auto does."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     seed: Annotated[int, typer.Option(help="Order of the calibration documents.")] = 0,
     base_revision: Annotated[str | None, typer.Option(help="The base's revision on the Hub.")] = None,
@@ -105,10 +109,8 @@ def compress(
 
     chosen = _options(option)
     chosen |= {k: v for k, v in {"bands": bands, "bits": bits, "refit": refit}.items() if v is not None}
-    if accounting not in ("file", "paper") or activations not in ("finetuned", "compressed"):
-        raise BadInput(
-            f"--accounting {accounting} --activations {activations}: choose file or paper, finetuned or compressed"
-        )
+    if accounting not in ("file", "paper"):
+        raise BadInput(f"--accounting {accounting}: choose file or paper")
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
     with Bars(_screen) as bars:
         report = run(

@@ -25,6 +25,7 @@ from bayou.plan import EXPANSION, SiteRecord
 
 _HEAD = struct.Struct("<III4x")
 _MAX_CLASS = 255
+_PLAN = 32
 _TABLE_BYTES = 1.2  # about what a frequency takes in the side
 
 Bytes = NDArray[np.uint8]
@@ -74,7 +75,8 @@ def encode(raw: bytes, layouts: tuple[TermLayout, ...], shape: tuple[int, int]) 
     head = _HEAD.pack(len(states), len(words), len(side))
     content = b"".join([head, states.tobytes(), words.tobytes(), side, data[~chosen].tobytes()])
     content += bytes(aligned(len(content)) - len(content))
-    return content if len(content) < len(raw) <= EXPANSION * len(content) else None
+    # What the Plan takes to say so is saved at least: a coded file is never larger than a plain one.
+    return content if len(content) + _PLAN < len(raw) <= EXPANSION * len(content) else None
 
 
 def decode(stored: memoryview, layouts: tuple[TermLayout, ...], shape: tuple[int, int]) -> bytearray:

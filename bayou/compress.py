@@ -12,7 +12,7 @@ Encoded sites go to OUT.journal/ one by one, so memory holds about a layer, and 
 import hashlib
 import json
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -45,37 +45,14 @@ from bayou.entry import pack_terms
 from bayou.errors import BadInput, TooSmall
 from bayou.journal import Journal
 from bayou.momentfiles import MomentFiles
+from bayou.outcome import Report, errors_by_role
 from bayou.plan import SiteRecord
+from bayou.spending import Spending
 from bayou.version import __version__
 from bayou.workers import Workers
 
 EMBEDDING_RATE = 0.5
 """Bytes a weight of embeddings and heads, relative to the linears' (LOG.md has the sweep)."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What came of a compression. ratio: bytes of the fine-tune's weight files over bytes of the file.
-
-    steps: seconds of each step. errors: relative Frobenius error of the delta by role, over all sites of it.
-    distilled: what distilling came to, see distillation.training.Outcome; empty where there was none.
-    """
-
-    path: str
-    method: str
-    bytes: int
-    ratio: float
-    sites: int
-    exact: int
-    unchanged: int
-    seconds: float
-    steps: dict[str, float] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    distilled: dict[str, Any] = field(default_factory=dict)
-
-    def json(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return asdict(self)
 
 
 def compress(
@@ -94,11 +71,11 @@ def compress(
     calibration: str | Path | Tensor | None = None,
     tokens: int | None = None,
     length: int = 512,
-    activations: Literal["finetuned", "compressed"] = "finetuned",
+    activations: calibrate.Activations | None = None,
     distill: float | None = None,
     distill_steps: int | None = None,
     distill_what: str = "all",
-    entropy: bool = False,
+    entropy: bool | None = None,
     seed: int = 0,
     device: str = "cpu",
     base_revision: str | None = None,
@@ -121,12 +98,14 @@ def compress(
         calibration: a text or .jsonl file (see calibrate.read_tokens); "none" goes without; None takes English text
             that Python carries; a tensor is windows of ids, (windows, length). tokens: 32,768 on the CPU and 262,144
             on a GPU unless given; length: of a window.
-        activations: whose activations calibrate: the fine-tune's own, or the partly compressed model's.
+        activations: whose activations calibrate: the fine-tune's own, the partly compressed model's, or both
+            ("corrected": each matrix makes good what those before it have lost). None is the method's own choice.
         distill: minutes of training what is stored in floats (scales, gains, norms, biases) to the fine-tune's logits,
             on the calibration's text, or for None and "none" on the fine-tune's own. distill_steps: a number of steps
             instead (0: none). distill_what: "gains" is BitDelta's recipe, which the method of that name has by itself.
         entropy: code the terms' bytes by their entropy: the file is then smaller than asked for, a tenth or more, and
-            takes a little longer to load. "exact" does so always.
+            takes a little longer to load. "exact" does so always, and "auto" unless told not to; auto's ranks are
+            chosen so that the coded file has the size.
         device: "cuda" calibrates in bf16 and encodes matrices of one shape together. Under torchrun the processes
             share out the matrices, "cuda" being a GPU for each; the file is that of a single process.
         moments: what a calibration on the same text has found of the fine-tune's activations; spares another one.
@@ -137,8 +116,13 @@ def compress(
     """
     started = time.perf_counter()
     preflight.check_size(ratio, budget, accounting)
+    preflight.check_activations(activations)
     asked = distillation.ask(methods.get(method), distill, distill_steps, distill_what, seed)
     asked.check(calibration)
+    chosen_by_method = activations is None
+    activations = activations or methods.activations(method)
+    sized = entropy is not False and accounting == "file" and methods.is_sized(method)
+    entropy = sized if entropy is None else entropy
     with clock.measuring() as steps, workers.joined() as here:
         job = _Job(base, finetuned, Path(out), base_revision, revision, device, here, progress or (lambda *_: None))
         chosen = methods.check(method, options or {})
@@ -152,13 +136,15 @@ def compress(
         if accounting == "paper":
             job.contents = replace(job.contents, sites=allocate.by_paper(job.sites, ratio or 16.0))
         elif not job.bit_for_bit:
-            job.allocate(ratio, budget, embedding_rate)
+            job.allocate(ratio, budget, embedding_rate, sized, bool(asked))
         needs = any(getattr(methods.get(site.method), "USES_GRAM", False) for site in job.sites if site.method)
         windows = job.windows(calibration, tokens, length, seed) if needs else None
         if moments is not None and windows is not None:
-            if activations == "compressed":
+            if activations != "finetuned" and not chosen_by_method:
                 raise BadInput("the moments of compressed activations depend on the file; go without moments")
             moments.check(windows)
+        if activations != "finetuned":
+            moments = None
         text = asked.text(partial(job.windows, seed=seed), calibration, device)
         with clock.step("hash"):
             key = job.key(windows, activations, text, asked.told())
@@ -186,7 +172,7 @@ def compress(
             here.wait()
         size = job.out.stat().st_size
         steps_now = dict(steps)
-    errors = job.errors_by_role()
+    errors = errors_by_role(job.sites, job.errors)
     seconds = time.perf_counter() - started
     counts = (len(job.sites), len(job.contents.exact), len(job.contents.unchanged))
     return Report(str(out), method, size, job.tuned.nbytes / size, *counts, seconds, steps_now, errors, found.report)
@@ -221,6 +207,7 @@ class _Job:
         self.model = skeleton.build(self.tuned.folder)
         self.places = skeleton.places(self.model, self.tuned.names())
         self.errors: dict[int, float] = {}
+        self.spending: Spending | None = None
 
     # ------------------------------------------------------------------------------------------ the Plan
 
@@ -264,8 +251,15 @@ class _Job:
     def sites(self) -> list[SiteRecord]:
         return self.contents.sites
 
-    def allocate(self, ratio: float | None, budget: int | None, embedding_rate: float) -> None:
+    def allocate(
+        self, ratio: float | None, budget: int | None, embedding_rate: float, sized: bool, distilled: bool
+    ) -> None:
         limit, what = self._limit(ratio or 16.0, budget)
+        if sized:
+            # Trained scales do not code as those that the ranks were chosen by: a little is left for them.
+            self.spending = Spending(self.contents, limit - distilled * limit // 200, what, embedding_rate)
+            self.contents = replace(self.contents, sites=self.spending.sites)
+            return
 
         def size(sites: list[SiteRecord]) -> int:
             return replace(self.contents, sites=sites).nbytes()
@@ -327,15 +321,16 @@ class _Job:
         self,
         journal: Journal,
         windows: Tensor | None,
-        activations: Literal["finetuned", "compressed"],
+        activations: calibrate.Activations,
         moments: MomentFiles | None,
     ) -> None:
-        """Every site goes into the journal; finds their errors."""
+        """Every site goes into the journal; finds their errors, and the ranks where the coded size is asked for."""
         device = self.workers.device(self.device)
         parts = (self.base, self.tuned, self.model, self.places, self.sites, device, self.workers, self.progress)
         encoder = Encoder(*parts)
-        encoder.encode(journal, windows, activations, moments)
+        encoder.encode(journal, windows, activations, moments, self.spending)
         self.errors = encoder.errors
+        self.contents = replace(self.contents, sites=[replace(site, coded=0) for site in encoder.sites])
 
     def encode_exactly(self, journal: Journal) -> None:
         """Every site goes into the journal; the Plan is then what came of it."""
@@ -367,7 +362,7 @@ class _Job:
         def blob(index: int) -> bytes:
             if (name := self.sites[index].name) in terms:
                 return pack_terms(terms[name])
-            return exact.blob(journal, index) if self.bit_for_bit else held(index)
+            return held(index)
 
         def held(index: int) -> bytes:
             done = journal.get(index)
@@ -384,14 +379,3 @@ class _Job:
             return self.contents.write(path, blob, errors)
         sites = coded.shrink(self.sites, blob, lambda index, raw: journal.put(count + index, raw, errors[index]))
         return replace(self.contents, sites=sites).write(path, lambda index: held(count + index), errors)
-
-    def errors_by_role(self) -> dict[str, float]:
-        """Root mean square over sites, weighted by their numbers of weights."""
-        sums: dict[str, list[float]] = {}
-        for index, site in enumerate(self.sites):
-            if site.method:
-                total = sums.setdefault(site.role, [0.0, 0.0])
-                weights = site.shape[0] * site.shape[1]
-                total[0] += weights * self.errors[index] ** 2
-                total[1] += weights
-        return {role: (total / count) ** 0.5 for role, (total, count) in sums.items()}

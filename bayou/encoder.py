@@ -8,33 +8,39 @@ On a GPU the next layer's weights of both models are read while this one is work
 written by a thread, and the model runs in bf16. On a CPU each site is encoded by itself, and in fp32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
-from typing import Literal
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bayou import calibrate, clock, inventory, methods, skeleton
+from bayou import calibrate, clock, coded, inventory, methods, plan, skeleton, turns
 from bayou.ahead import Ahead
+from bayou.calibrate import Activations
 from bayou.checkpoint import Checkpoint
+from bayou.decompose import Matrix
 from bayou.delta import Delta, Term
 from bayou.entry import pack_terms, unpack_terms
+from bayou.errors import Unsupported
 from bayou.inventory import Reads
 from bayou.journal import Journal
 from bayou.methods import Gram, Site
 from bayou.momentfiles import MomentFiles
-from bayou.moments import input_of
+from bayou.moments import correction, input_of
 from bayou.plan import SiteRecord
 from bayou.skeleton import Place
+from bayou.spending import Spending
+from bayou.turns import TOGETHER
 from bayou.workers import Workers
 
 Progress = Callable[[str, int, int], None]
 
-_TOGETHER = 2**27
-"""Weights of sites that are encoded together: their factors are in memory at once."""
+RIDGE = 3.0
+"""Of corrections, in shares of the inputs' mean second moment (LOG.md, "Corrected targets")."""
 
 
 class Encoder:
@@ -73,80 +79,114 @@ class Encoder:
         self,
         journal: Journal,
         windows: Tensor | None,
-        activations: Literal["finetuned", "compressed"],
+        activations: Activations,
         moments: MomentFiles | None = None,
+        spending: Spending | None = None,
     ) -> None:
         """Put every site in the journal that is not there yet; calibrates on `windows`, if there are any.
 
-        moments: those of the windows, where they have been found before.
+        moments: those of the windows, where they have been found before. spending: chooses the ranks as the sites are
+        encoded; `sites` are then as they came out.
         """
-        path, layers = "", nn.ModuleList()
-        if windows is not None:
-            path, layers = skeleton.decoder_layers(self.model)
-        by_layer = self._by_layer(path) if windows is not None else {}
-        apart = sorted(set(range(len(self.sites))) - {i for indexes in by_layer.values() for i in indexes})
-        todo = [apart[i] for i in self.workers.shared([self._cost([i]) for i in apart])]
-        pending = any(journal.get(i) is None for indexes in by_layer.values() for i in indexes)
+        self._spending = spending
+        path, layers = self._layers(windows)
+        by_layer = turns.by_layer(self.sites, self.places, path) if path else {}
+        heads = turns.heads(self.sites, self.places) if windows is not None and activations == "corrected" else []
+        inside = {index for indexes in by_layer.values() for index in indexes} | set(heads)
+        apart = [index for index in range(len(self.sites)) if index not in inside]
+        mine = [apart[i] for i in self.workers.shared([turns.cost([self.sites[i].shape]) for i in apart])]
+        end = 2 * len(self.sites)  # in the journal when all is encoded and, with a spending, the size is right
+        wanted = [end, *inside, *apart] if spending else inside
+        pending = any(journal.get(index) is None for index in wanted)
         self.workers.wait()  # all look before anyone goes on: a layer is walked by all or by none
-        mine = {layer: self._ours(indexes) for layer, indexes in by_layer.items()}
-        turns = [self._layer_turn(f"{path}.{layer}", mine.get(layer, [])) for layer in range(len(layers))]
-        turns += [self._site_turn(index) for index in todo]
+        reads = [] if spending else [self._site_reads(index) for index in mine]
+        first = len(reads)
+        reads += [self._layer_reads(f"{path}.{layer}", by_layer.get(layer, [])) for layer in range(len(layers))]
         current = torch.cuda.device(self.device) if self.gpu else nullcontext()  # Triton launches on the current one
-        with current, ThreadPoolExecutor(1, "journal") as writer, Ahead(turns, self.device) as ahead:
+        with current, ThreadPoolExecutor(1, "journal") as writer, Ahead(reads, self.device) as ahead:
             self._writer = writer
             self._writing: list[Future[None]] = []
             if self.ahead:
                 self._old, self._new = ahead.view(self.base), ahead.view(self.tuned)
             turn = ahead.turn if self.ahead else lambda _: None
-            if windows is not None and pending:
-                self._walk(journal, windows, activations, path, layers, mine, by_layer, turn, moments)
-            else:
-                for index in (i for groups in mine.values() for group in groups for i in group):
-                    self.errors[index] = _done(journal, index)[1]
-            for done, index in enumerate(todo):
+            if spending and pending:
+                self._encode_all(journal, apart, {})
+                self.progress("matrices", len(apart), len(apart))
+            for done, index in enumerate([] if spending else mine):
                 if journal.get(index) is None:
-                    turn(len(layers) + done)
-                self._encode(journal, [index], {})
-                self._flush()
-                self.progress("matrices", done + 1, len(todo))
+                    turn(done)
+                self._encode_all(journal, [index], {}, alone=True)
+                self.progress("matrices", done + 1, len(mine))
+            if activations == "corrected":
+                self.workers.wait()  # the compressed model begins with what is outside its layers
+            steps = _Layers(path, layers, by_layer, heads, lambda layer: turn(first + layer))
+            if windows is not None and pending:
+                self._walk(journal, windows, activations, steps, [i for i in apart if self.sites[i].method], moments)
+            elif pending:
+                for layer in range(len(layers)):
+                    steps.turn(layer)
+                    self._encode_all(journal, by_layer.get(layer, []), {})
+                    self.progress("layers", layer + 1, len(layers))
             self._old, self._new = self.base, self.tuned
         self.workers.wait()
-        if self.workers.count > 1:
-            self.errors = {index: _done(journal, index)[1] for index in range(len(self.sites))}
+        if spending:
+            journal.put(end, b"", 0.0)
+            self.sites = [self._record(journal, index) for index in range(len(self.sites))]
+        self.errors = {index: _done(journal, index)[1] for index in range(len(self.sites))}
+
+    def _layers(self, windows: Tensor | None) -> tuple[str, nn.ModuleList]:
+        """The decoder's layers; without windows only where they are turns of the spending, and the model has any."""
+        if windows is None and self._spending is None:
+            return "", nn.ModuleList()
+        try:
+            return skeleton.decoder_layers(self.model)
+        except Unsupported:
+            if windows is not None:
+                raise
+            return "", nn.ModuleList()
 
     def _walk(
         self,
         journal: Journal,
         windows: Tensor,
-        activations: Literal["finetuned", "compressed"],
-        path: str,
-        layers: nn.ModuleList,
-        mine: dict[int, list[list[int]]],
-        by_layer: dict[int, list[int]],
-        turn: Callable[[int], None],
+        activations: Activations,
+        steps: "_Layers",
+        outside: list[int],
         moments: MomentFiles | None,
     ) -> None:
+        layers = steps.layers
+        left = {layer: list(indexes) for layer, indexes in steps.by_layer.items()} | {len(layers): list(steps.heads)}
+
         def fill(layer: int | None) -> None:
             with clock.step("read layers"):
                 if layer is not None:
-                    turn(layer)
+                    steps.turn(layer)
                 calibrate.fill(self.model, self.places, self._new.read, layer, self.device)
 
-        def visit(layer: int, grams: dict[str, Tensor]) -> None:
+        def visit(layer: int, grams: dict[str, Tensor], lacking: dict[str, Tensor] | None = None) -> None:
             shared: dict[int, Gram] = {}
             wrapped = {key: shared.setdefault(id(gram), Gram(gram)) for key, gram in grams.items()}
-            for group in mine.get(layer, []):
-                self._encode(journal, group, wrapped)
-            self._flush()
-            if activations == "compressed":
+            corrections = self._corrections(grams, lacking or {})
+            waiting = left.get(layer, [])
+            now = [index for index in waiting if lacking is None or not grams or self._input(index) in grams]
+            left[layer] = [index for index in waiting if index not in now]
+            self._encode_all(journal, now, wrapped, corrections)
+            if activations != "finetuned" and layer < len(layers):
                 self.workers.wait()
-                for index in by_layer.get(layer, []):
+                for index in now:
                     self._overwrite(journal, index)
+
+        @contextmanager
+        def begin() -> Iterator[None]:
+            for index in outside:
+                self._overwrite(journal, index)
+            yield
+            skeleton.empty(self.model)
 
         if moments is not None:
             for layer in moments.layers():
                 if layer < len(layers):
-                    turn(layer)
+                    steps.turn(layer)
                 visit(layer, moments.get(layer, self.device))
                 self.progress("layers", layer + 1, len(layers))
             return
@@ -159,69 +199,80 @@ class Encoder:
                 visit=visit,
                 device=self.device,
                 keep=activations,
+                begin=begin,
                 progress=lambda done, total: self.progress("layers", done, total),
             )
         skeleton.empty(self.model)
+        for indexes in left.values():  # a head that is never run
+            self._encode_all(journal, indexes, {})
 
-    # ------------------------------------------------------------------------------------------ who does what, when
+    def _corrections(self, grams: dict[str, Tensor], lacking: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Module path -> C, by which W (y + C y) is nearest to what the fine-tune gives."""
+        with clock.step("correct"):
+            found = {id(gram): correction(grams[name], gram, RIDGE) for name, gram in lacking.items()}
+        return {name: found[id(gram)] for name, gram in lacking.items()}
 
-    def _by_layer(self, path: str) -> dict[int, list[int]]:
-        """Layer -> the sites that are encoded as it is walked."""
-        found: dict[int, list[int]] = {}
-        for index, site in enumerate(self.sites):
-            place = self.places.get(site.tensor)
-            if site.method and place and place.path.startswith(path + "."):
-                found.setdefault(int(place.path[len(path) + 1 :].split(".")[0]), []).append(index)
-        return found
+    # ------------------------------------------------------------------------------------------ sites
 
-    def _ours(self, indexes: list[int]) -> list[list[int]]:
-        """The groups of a layer's sites that this process encodes. A group is never divided: bytes do not depend on
-        the number of processes."""
-        groups: dict[object, list[list[int]]] = {}
-        for index in indexes:
-            site = self.sites[index]
-            options = tuple(sorted((k, v) for k, v in site.options.items() if k != "rank"))
-            alike = groups.setdefault((site.method, site.shape, options), [[]])
-            weights = (len(alike[-1]) + 1) * site.shape[0] * site.shape[1]
-            if alike[-1] and (not self.together or weights > _TOGETHER):
-                alike.append([])
-            alike[-1].append(index)
-        every = [group for alike in groups.values() for group in alike]
-        every.sort()
-        return [every[i] for i in self.workers.shared([self._cost(group) for group in every])]
-
-    def _cost(self, group: list[int]) -> float:
-        """About what the sites take: decompositions, and the Hessian of their input, which goes by its width."""
-        shapes = [self.sites[index].shape for index in group]
-        return sum(10.0 * min(shape) ** 3 + shape[0] * shape[1] for shape in shapes) + float(shapes[0][1]) ** 3
-
-    def _site_turn(self, index: int) -> list[tuple[Checkpoint, str]]:
+    def _site_reads(self, index: int) -> list[tuple[Checkpoint, str]]:
         """The tensors of one site, where it is coded at all."""
         site = self.sites[index]
         if not site.method:
             return []
         return [(self.tuned, site.tensor), *([(self.base, site.reference)] if site.reference is not None else [])]
 
-    def _layer_turn(self, prefix: str, groups: list[list[int]]) -> list[tuple[Checkpoint, str]]:
-        """The fine-tune's tensors of a layer, and the base's of those sites that are ours."""
+    def _layer_reads(self, prefix: str, indexes: list[int]) -> list[tuple[Checkpoint, str]]:
+        """The fine-tune's tensors of a layer, and the base's of its sites."""
         found = [(self.tuned, name) for name, place in self.places.items() if place.path.startswith(prefix + ".")]
-        return found + [pair for group in groups for index in group for pair in self._site_turn(index)]
+        return found + [pair for index in indexes for pair in self._site_reads(index)]
 
-    # ------------------------------------------------------------------------------------------ sites
+    def _encode_all(
+        self,
+        journal: Journal,
+        indexes: list[int],
+        grams: dict[str, Gram],
+        corrections: dict[str, Tensor] | None = None,
+        *,
+        alone: bool = False,
+    ) -> None:
+        """Encode what is ours of the sites, together those that can be; with a spending until their size is right.
 
-    def _encode(self, journal: Journal, group: list[int], grams: dict[str, Gram]) -> None:
-        found = [journal.get(index) for index in group]
-        if None not in found:
-            self.errors |= {index: done[1] for index, done in zip(group, found, strict=True) if done}
-            return
-        # One site is missing: all are encoded, since on a GPU a site's bits may depend on the group it is in.
+        alone: all of them are ours.
+        """
+        spending = self._spending
+        those = [index for index in indexes if self.sites[index].method]
+        for attempt in count():
+            if spending and those:
+                spending.turn(those, attempt)
+                self.sites = [replace(site, coded=0) for site in spending.sites]
+            for group in [indexes] if alone else turns.ours(self.sites, indexes, self.workers, self.together):
+                self._encode(journal, group, grams, corrections or {})
+            self._flush()
+            if not spending or not those:
+                return
+            self.workers.wait()
+            records = {index: self._record(journal, index) for index in those}
+            self.workers.wait()  # all have read them, and so may write others
+            if spending.settle(records):
+                return
+
+    def _record(self, journal: Journal, index: int) -> SiteRecord:
+        """A site as it was encoded, with its coded bytes."""
+        return plan.loads(journal.note(index) or "", [self.sites[index].name])[0]
+
+    def _encode(
+        self, journal: Journal, group: list[int], grams: dict[str, Gram], corrections: dict[str, Tensor]
+    ) -> None:
         records = [self.sites[index] for index in group]
+        # One site is missing: all are encoded, since on a GPU a site's bits may depend on the group it is in.
+        if all(self._is_there(journal, index) for index in group):
+            return
         if not records[0].method:
             self._keep(journal, group[0], (), 0.0)
             return
         matrices = [inventory.delta_matrix(record, self._old, self._new, self.device) for record in records]
         sites = [
-            Site(record.name, matrix, record.role, self._gram(index, grams))
+            Site(record.name, self._target(index, matrix, corrections), record.role, self._gram(index, grams))
             for index, record, matrix in zip(group, records, matrices, strict=True)
         ]
         with clock.step("encode"):
@@ -234,16 +285,48 @@ class Encoder:
                 error = inventory.relative_error(matrix, Delta(record.shape, terms))
             self._keep(journal, index, terms, error)
 
+    def _is_there(self, journal: Journal, index: int) -> bool:
+        """Whether a site is in the journal, encoded as it is to be now."""
+        if journal.get(index) is None:
+            return False
+        return self._spending is None or self._record(journal, index).options == self.sites[index].options
+
+    def _target(self, index: int, matrix: Matrix, corrections: dict[str, Tensor]) -> Matrix:
+        """What the site's terms should be: its delta D, or D + W C, W the fine-tune's weight (moments.correction)."""
+        site = self.sites[index]
+        more = corrections.get(self._input(index))
+        if more is None or len(more) != site.shape[1]:
+            return matrix
+
+        def read(start: int, stop: int) -> Tensor:
+            new = inventory.read_matrix(self._new, site.tensor, site.part, site, start, stop)
+            return matrix.read(start, stop) + new.to(more.device).float() @ more
+
+        if site.shape[0] * site.shape[1] > TOGETHER:
+            return Matrix(site.shape, read)
+        whole = read(0, site.shape[0])  # a method reads it several times
+        return Matrix(site.shape, lambda start, stop: whole[start:stop])
+
+    def _input(self, index: int) -> str:
+        """The module whose input the site multiplies; "" for none."""
+        return input_of(self.places.get(self.sites[index].tensor)) or ""
+
     def _gram(self, index: int, grams: dict[str, Gram]) -> Gram | None:
         """The gram of the module whose input the site multiplies."""
-        gram = grams.get(input_of(self.places.get(self.sites[index].tensor)) or "")
+        gram = grams.get(self._input(index))
         if gram is not None and len(gram.matrix) != self.sites[index].shape[1]:
             return None  # of the other side: Llama 4's experts are (in, out), and nothing says so
         return gram
 
     def _keep(self, journal: Journal, index: int, terms: tuple[Term, ...], error: float) -> None:
-        self.errors[index] = error
-        self._writing.append(self._writer.submit(lambda: journal.put(index, pack_terms(terms), error)))
+        site, sized = self.sites[index], self._spending is not None
+
+        def put() -> None:
+            raw = pack_terms(terms)
+            small = coded.encode(raw, site.terms, site.shape) if sized else None
+            journal.put(index, raw, error, plan.dumps([replace(site, coded=len(small or b""))]) if sized else "")
+
+        self._writing.append(self._writer.submit(put))
 
     def _flush(self) -> None:
         """Wait until what was kept is in the journal; raises what went wrong there."""
@@ -253,8 +336,8 @@ class Encoder:
 
     def _overwrite(self, journal: Journal, index: int) -> None:
         """Put the compressed weight in the skeleton, where the fine-tune's lies, so that the next layer sees it."""
-        site, place = self.sites[index], self.places[self.sites[index].tensor]
-        if place.converted or site.reference is None:
+        site, place = self.sites[index], self.places.get(self.sites[index].tensor)
+        if place is None or place.converted or site.reference is None:
             return  # computed from several tensors: the fine-tune's own stays
         rows = inventory.read_matrix(self._old, site.reference, site.reference_part, site, 0, site.shape[0])
         delta = stored_delta(journal, index, site).to(self.device)
@@ -263,6 +346,17 @@ class Encoder:
         part = parameter if place.index is None else parameter[place.index]
         part = part if site.part is None else part[site.part]
         part[: site.disk_shape[0]].copy_((weight.T if site.transposed else weight).reshape(site.disk_shape))
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """Path and modules of a decoder's layers, the sites of each and of the head, and what makes a layer ready."""
+
+    path: str
+    layers: nn.ModuleList
+    by_layer: dict[int, list[int]]
+    heads: list[int]
+    turn: Callable[[int], None]
 
 
 def _done(journal: Journal, index: int) -> tuple[bytes, float]:

@@ -1,10 +1,9 @@
 """Encodes the sites of `--method exact` into the journal: terms that foretell, then the steps to the very bits.
 
-How many bytes a site takes is known when it is encoded. So the journal's bytes of a site begin with its Plan, and the
-file's Plan is put together of those at the end. Needs no calibration; memory is about twice the largest tensor.
+How many bytes a site takes is known when it is encoded. So the journal's note of a site is its Plan, and the file's
+Plan is put together of those at the end. Needs no calibration; memory is about twice the largest tensor.
 """
 
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from math import prod
@@ -21,8 +20,6 @@ from bayou.journal import Journal
 from bayou.methods import Site
 from bayou.plan import SiteRecord
 from bayou.workers import Workers
-
-_LENGTH = struct.Struct("<I")
 
 
 def is_exact(method: str) -> bool:
@@ -51,12 +48,10 @@ def encode(
     for done, index in enumerate(mine):
         if journal.get(index) is None:
             site, blob = _encoded(sites[index], base, tuned)
-            text = plan.dumps([site]).encode()
-            journal.put(index, _LENGTH.pack(len(text)) + text + blob, 0.0)
+            journal.put(index, blob, 0.0, plan.dumps([site]))
         progress("matrices", done + 1, len(mine))
     workers.wait()
-    texts = [_split(journal, index)[0].decode() for index in range(len(sites))]
-    return [plan.loads(text, [site.name])[0] for text, site in zip(texts, sites, strict=True)]
+    return [plan.loads(journal.note(index) or "", [site.name])[0] for index, site in enumerate(sites)]
 
 
 def check_size(size: int, limit: int, what: str) -> None:
@@ -67,18 +62,6 @@ def check_size(size: int, limit: int, what: str) -> None:
             "or choose another method",
             size,
         )
-
-
-def blob(journal: Journal, index: int) -> bytes:
-    """The site's bytes in the file."""
-    return _split(journal, index)[1]
-
-
-def _split(journal: Journal, index: int) -> tuple[bytes, bytes]:
-    done = journal.get(index)
-    assert done is not None  # every site has been encoded by now
-    stop = _LENGTH.size + _LENGTH.unpack_from(done[0])[0]
-    return done[0][_LENGTH.size : stop], done[0][stop:]
 
 
 def _encoded(site: SiteRecord, base: Checkpoint, tuned: Checkpoint) -> tuple[SiteRecord, bytes]:

@@ -16,6 +16,8 @@ from types import TracebackType
 
 from bayou.errors import BayouError, JournalMismatch, disk_error
 
+_HEAD = struct.Struct("<dI")
+
 
 class Journal:
     """A context manager. Ctrl-C, a kill or a crash keeps the sites done; `finish`, or a BayouError, removes it.
@@ -93,9 +95,10 @@ class Journal:
         temporary.write_bytes(content)
         os.replace(temporary, path)
 
-    def put(self, index: int, blob: bytes, error: float) -> None:
-        """Keep a site's bytes and the relative error of its delta. Raises BayouError on a full disk."""
-        payload = struct.pack("<d", error) + blob
+    def put(self, index: int, blob: bytes, error: float, note: str = "") -> None:
+        """Keep a site's bytes, the relative error of its delta, and a note. Raises BayouError on a full disk."""
+        told = note.encode()
+        payload = _HEAD.pack(error, len(told)) + told + blob
         try:
             self._write(self._path(index), self._digest(payload) + payload)
         except OSError as failure:
@@ -107,10 +110,22 @@ class Journal:
 
     def get(self, index: int) -> tuple[bytes, float] | None:
         """A site's bytes and error, or None where it is not done (or its file is damaged, and so done again)."""
+        payload = self._read(index)
+        if payload is None:
+            return None
+        error, told = _HEAD.unpack_from(payload)
+        return payload[_HEAD.size + told :], error
+
+    def note(self, index: int) -> str | None:
+        """The note that was kept with a site, or None where it is not done."""
+        payload = self._read(index)
+        return None if payload is None else payload[_HEAD.size :][: _HEAD.unpack_from(payload)[1]].decode()
+
+    def _read(self, index: int) -> bytes | None:
         with contextlib.suppress(FileNotFoundError):
             content = self._path(index).read_bytes()
             if self._digest(content[32:]) == content[:32]:
-                return content[40:], struct.unpack("<d", content[32:40])[0]
+                return content[32:]
         return None
 
     def finish(self) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from bayou.calibrate import ACTIVATIONS
 from bayou.deltafile import BASE_FIELD
 from bayou.errors import BadInput, BayouError
 
@@ -46,6 +47,12 @@ def check_device(device: str) -> None:
     except (RuntimeError, AssertionError) as error:  # a CPU build asserts that it has no CUDA
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"--device {device} cannot be used here ({reason}); choose another, e.g. cpu") from None
+
+
+def check_activations(activations: str | None) -> None:
+    """Raises BadInput for whose activations nobody has."""
+    if activations is not None and activations not in ACTIVATIONS:
+        raise BadInput(f"--activations {activations}: choose {', '.join(ACTIVATIONS)}")
 
 
 def check_revision(revision: str | None) -> None:

@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "corrected, ridge .3": {"ridge": 0.3},
     "corrected, ridge 1": {"ridge": 1.0},
     "corrected, ridge 3": {"ridge": 3.0},
+    "corrected once a layer, ridge 1": {"ridge": 1.0, "once": True},
     "corrected and the residual, ridge .1": {"ridge": 0.1, "residual": True},
     "corrected and the residual, ridge 1": {"ridge": 1.0, "residual": True},
     "corrected, ridge 1, metric 1": {"ridge": 1.0, "metric": 1.0},
@@ -116,8 +117,10 @@ class Chain:
             linears = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
             whole = {kind: linears[kind].weight.clone() for kind in KINDS}
             after, heard = self.through(layer, theirs)
+            here, apart = heard, "ridge" in variant or "sequential" in variant
             for group in GROUPS:
-                here = self.through(layer, ours)[1] if "ridge" in variant or "sequential" in variant else heard
+                if apart and (group == GROUPS[0] or not variant.get("once")):
+                    here = self.through(layer, ours)[1]
                 x, y = heard[group[0]], here[group[0]]
                 moment = y.T @ y / len(y)
                 for kind in group:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from bayou import skeleton
 from bayou.calibrate import read_tokens, walk
 from bayou.errors import BadInput
+from bayou.moments import correction
 
 VISION = ("llava", "qwen2_vl")
 IDS = torch.randint(4, 128, (6, 21), generator=torch.Generator().manual_seed(0))
@@ -279,3 +282,107 @@ def test_sources_that_cannot_be_used(tmp_path: Path) -> None:
         read_tokens(tmp_path / "empty.txt", tokenizer(), tokens=10, length=5)
     with pytest.raises(BadInput, match="0 tokens in windows of 5"):
         read_tokens(None, tokenizer(), tokens=0, length=5)
+
+
+# ------------------------------------------------------------------------------------------------ two streams
+
+
+class Corrected(Streamed):
+    """Halves every matrix of a layer as its input comes by, and keeps what it was shown, input by input."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.stages: list[tuple[int, set[str]]] = []
+        self.lacking: dict[str, Tensor] = {}
+
+    def visit(self, i: int, grams: dict[str, Tensor], lacking: dict[str, Tensor] | None = None) -> None:  # type: ignore[override]
+        super().visit(i, grams)
+        assert lacking is not None
+        self.lacking |= lacking
+        self.stages.append((i, set(grams)))
+        for path in grams if i < len(self.layers) else ():
+            for parameter in self.model.get_submodule(path).parameters(recurse=False):
+                parameter.mul_(0.9)
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        table = self.model.get_input_embeddings().weight
+        with torch.no_grad():
+            table[:, ::2] *= 0.8
+        yield
+        with torch.no_grad():
+            table[:, ::2] /= 0.8
+
+
+def inputs(model: nn.Module, paths: set[str]) -> dict[str, Tensor]:
+    """What each module is given in a plain forward, (tokens, in) fp64."""
+    found: dict[str, Tensor] = {}
+
+    def hook(path: str) -> Callable[..., None]:
+        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found[path] = (args or tuple(kwargs.values()))[0].double().flatten(0, -2).clone()
+
+        return keep
+
+    hooks = [
+        module.register_forward_pre_hook(hook(path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if path in paths
+    ]
+    with torch.no_grad():
+        model(input_ids=IDS)
+    for one in hooks:
+        one.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_corrected_compares_two_models_input_by_input(name: str, tmp_path: Path) -> None:
+    """Against plain forwards of the fine-tune, and of the model that all the overwriting makes."""
+    folder = pico(name, tmp_path / name)
+    streamed = Corrected(folder)
+    grams = streamed.walk(keep="corrected", begin=streamed.begin)
+    assert all(p.is_meta for p in streamed.layers.parameters())
+
+    loaded = load(folder)
+    theirs = inputs(loaded, set(grams))
+    table = loaded.get_input_embeddings()
+    tied = table.weight is loaded.get_output_embeddings().weight
+    with torch.no_grad():
+        table.weight[:, ::2] *= 0.8
+        for path in grams:
+            for parameter in () if path == "lm_head" else loaded.get_submodule(path).parameters(recurse=False):
+                parameter.mul_(0.9)
+    ours = inputs(loaded, set(grams))
+    assert set(streamed.lacking) == set(grams) and (tied or "lm_head" in grams)
+    for path, y in ours.items():
+        for found, wanted in ((grams[path], y.T @ y), (streamed.lacking[path], (theirs[path] - y).T @ y)):
+            assert (found - wanted).norm() < 1e-5 * (y.T @ y).norm(), path
+        assert streamed.lacking[path].norm() > 1e-3 * grams[path].norm()
+    layers = [stage for stage in streamed.stages if stage[0] < len(streamed.layers)]
+    assert all(not (one & other) for (_, one), (_, other) in combinations(layers, 2))
+    assert [i for i, paths in layers if not paths] == list(range(len(streamed.layers)))
+
+
+def test_corrected_stages_are_the_inputs_in_the_order_of_the_forward(tmp_path: Path) -> None:
+    streamed = Corrected(pico("llama_gqa", tmp_path / "m"))
+    streamed.walk(keep="corrected", begin=streamed.begin)
+    first = [{path.rpartition(".")[2] for path in paths} for i, paths in streamed.stages if i == 0]
+    assert first == [{"q_proj", "k_proj", "v_proj"}, {"o_proj"}, {"gate_proj", "up_proj"}, {"down_proj"}, set()]
+
+
+def test_a_correction_brings_the_outputs_nearer() -> None:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 24, generator=g) @ torch.randn(24, 24, generator=g)
+    y = 0.8 * x + 0.1 * torch.randn(500, 24, generator=g)
+    w = torch.randn(10, 24, generator=g)
+    gram, lacking = y.T @ y, (x - y).T @ y
+    lost = [
+        float(((x @ w.T) - y @ (w + w @ correction(gram, lacking, ridge)).T).norm())
+        for ridge in (1e9, 1.0, 0.1, 0.01, 1e-9)
+    ]
+    assert lost[0] == pytest.approx(float(((x - y) @ w.T).norm()), rel=1e-5)
+    assert lost == sorted(lost, reverse=True) and lost[-1] < 0.3 * lost[0]
+    best = torch.linalg.lstsq(y.double(), (x @ w.T).double()).solution
+    assert lost[-1] == pytest.approx(float(((x @ w.T).double() - y.double() @ best).norm()), rel=1e-4)
+    assert torch.equal(correction(torch.zeros(3, 3), torch.zeros(3, 3), 1.0), torch.zeros(3, 3))

@@ -144,17 +144,17 @@ def test_a_group_that_was_cut_short_is_done_again_whole(
     bayou.compress(base, tuned, tmp_path / "whole", **FEW)
     put, kept = bayou.journal.Journal.put, []  # type: ignore[attr-defined]
 
-    def stopping(journal: Any, index: int, blob: bytes, error: float) -> None:
+    def stopping(journal: Any, index: int, blob: bytes, error: float, note: str) -> None:
         if len(kept) == after:
             raise Killed
         kept.append(index)
-        put(journal, index, blob, error)
+        put(journal, index, blob, error, note)
 
     with monkeypatch.context() as patch:
         patch.setattr("bayou.journal.Journal.put", stopping)
         with pytest.raises(Killed):
             bayou.compress(base, tuned, tmp_path / "cut", **FEW)
-    assert len(list((tmp_path / "cut.journal").glob("*.site"))) == after
+    assert len(list((tmp_path / "cut.journal").glob("*.site"))) == len(set(kept)) > 0
     bayou.compress(base, tuned, tmp_path / "cut", **FEW)
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "whole").read_bytes()
 

@@ -31,6 +31,7 @@ ORDER = (
         "decompose",
         "methods",
         "plan",
+        "outcome",
         "allocate",
     ),
     *(
@@ -46,9 +47,9 @@ ORDER = (
         "inventory",
         "restore",
     ),
-    *("restore", "moments", "calibrate", "momentfiles", "attached", "borrowed", "attach"),
+    *("restore", "moments", "standins", "calibrate", "momentfiles", "attached", "borrowed", "attach"),
     *("schedule", "objective", "distillation", "preflight"),
-    *("ahead", "workers", "encoder", "exact", "compress", "evaluate", "report"),
+    *("ahead", "workers", "turns", "spending", "encoder", "exact", "compress", "evaluate", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them

@@ -224,7 +224,9 @@ def test_check_fills_in_the_defaults_and_takes_a_whole_number_for_a_fraction() -
 
 def test_an_unknown_method_is_refused_with_the_list() -> None:
     for name in ("zip", "", "../lowrank", "__init__", "low_rank"):
-        with pytest.raises(BadInput, match=re.escape(f"there is no method {name!r}; choose one of bitdelta, delta")):
+        with pytest.raises(
+            BadInput, match=re.escape(f"there is no method {name!r}; choose one of auto, bitdelta, delta")
+        ):
             methods.get(name)
 
 

@@ -24,7 +24,7 @@ from bayou.errors import BadInput, BayouError, Unsupported
 from bayou.journal import Journal
 from bayou.restore import Restorer
 
-NONE: dict[str, Any] = {"calibration": "none"}
+NONE: dict[str, Any] = {"calibration": "none", "method": "deltacome"}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 

@@ -10,9 +10,10 @@ import pytest
 import bayou
 from bayou.deltafile import DeltaFile
 from bayou.errors import JournalMismatch
+from bayou.journal import Journal
 from bayou.methods import deltacome
 
-NONE: dict[str, Any] = {"calibration": "none"}
+NONE: dict[str, Any] = {"calibration": "none", "method": "deltacome"}
 FEW: dict[str, Any] = {"tokens": 1024, "length": 64}
 
 
@@ -69,6 +70,30 @@ def test_a_calibrated_run_goes_on_to_the_same_bytes(
     assert list((tmp_path / "a.journal").glob("*.site"))
     bayou.compress(base, tuned, tmp_path / "a", **options)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize("options", [FEW, {"calibration": "none"}], ids=["calibrated", "none"])
+@pytest.mark.parametrize("after", [1, 4, 9, 14])
+def test_auto_goes_on_to_the_same_bytes_wherever_it_was_stopped(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], after: int
+) -> None:
+    """Within a layer, or between two trials of one turn: its ranks depend on the sizes of what is done."""
+    bayou.compress(base, tuned, tmp_path / "whole", ratio=4, **options)
+    put, kept = Journal.put, []
+
+    def stopping(journal: Journal, index: int, blob: bytes, error: float, note: str = "") -> None:
+        if len(kept) == after:
+            raise KeyboardInterrupt
+        kept.append(index)
+        put(journal, index, blob, error, note)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "put", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            bayou.compress(base, tuned, tmp_path / "a", ratio=4, **options)
+    bayou.compress(base, tuned, tmp_path / "a", ratio=4, **options)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
 
 
 def test_a_distilled_run_goes_on_to_the_same_bytes(base: Path, tuned: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_guest_neither_makes_nor_removes_the_journal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("activations", ["finetuned", "compressed"])
+@pytest.mark.parametrize("activations", ["finetuned", "compressed", "corrected"])
 def test_two_processes_write_the_file_of_one(base: Path, tuned: Path, tmp_path: Path, activations: Any) -> None:
     compress(base, tuned, tmp_path / "one", ratio=4, tokens=1024, length=64, activations=activations)
     command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bayou", "compress"]

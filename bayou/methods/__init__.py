@@ -14,6 +14,10 @@ A method is a module of this package with
         whether it wants the second moments of each matrix's input (then a calibration runs)
     DISTILL_STEPS: int = 0
         steps of bayou.distillation.gains that follow unless told otherwise
+    ACTIVATIONS: str = "finetuned"
+        whose activations calibrate unless told otherwise (see compress)
+    SIZED: bool = False
+        whether its files are entropy-coded unless told otherwise, and have then the size that was asked for
 
 `rank` is the dial that a byte budget turns; a method without one (BitDelta) has one size. A new file here is
 listed, budgeted, saved, verified, loaded and tested (tests/test_methods.py) with no other edit.
@@ -182,6 +186,16 @@ def options(name: str) -> dict[str, Any]:
     """The method's options and their defaults, as its signature states them (without the rank)."""
     parameters = inspect.signature(get(name).encode).parameters.values()
     return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "rank"}
+
+
+def activations(name: str) -> Any:
+    """Whose activations the method calibrates on by itself."""
+    return getattr(get(name), "ACTIVATIONS", "finetuned")
+
+
+def is_sized(name: str) -> bool:
+    """Whether the size that is asked for is that of the method's entropy-coded file."""
+    return bool(getattr(get(name), "SIZED", False))
 
 
 @functools.cache
