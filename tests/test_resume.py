@@ -78,7 +78,7 @@ def test_auto_goes_on_to_the_same_bytes_wherever_it_was_stopped(
     base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], after: int
 ) -> None:
     """Within a layer, or between two trials of one turn: its ranks depend on the sizes of what is done."""
-    bayou.compress(base, tuned, tmp_path / "whole", ratio=4, **options)
+    bayou.compress(base, tuned, tmp_path / "whole", ratio=4, method="auto", **options)
     put, kept = Journal.put, []
 
     def stopping(journal: Journal, index: int, blob: bytes, error: float, note: str = "") -> None:
@@ -90,8 +90,8 @@ def test_auto_goes_on_to_the_same_bytes_wherever_it_was_stopped(
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "put", stopping)
         with pytest.raises(KeyboardInterrupt):
-            bayou.compress(base, tuned, tmp_path / "a", ratio=4, **options)
-    bayou.compress(base, tuned, tmp_path / "a", ratio=4, **options)
+            bayou.compress(base, tuned, tmp_path / "a", ratio=4, method="auto", **options)
+    bayou.compress(base, tuned, tmp_path / "a", ratio=4, method="auto", **options)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "whole").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "whole"]
 
