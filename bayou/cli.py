@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -60,6 +61,9 @@ def compress(
         float | None, typer.Option(help="Bytes of the fine-tune over bytes of the file; 16 unless given.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="The file's size instead, e.g. 350MB.")] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="Instead of a size: the smallest file of this KL at most, on held-back text.")
+    ] = None,
     bands: Annotated[
         str | None, typer.Option(help="auto, deltacome: BITSxRANKS,...; the last band takes the rest.")
     ] = None,
@@ -105,6 +109,7 @@ def compress(
     from bayou.compress import EMBEDDING_RATE
     from bayou.compress import compress as run
     from bayou.restore import parse_size
+    from bayou.smallest import smallest
     from bayou.workers import speaks
 
     chosen = _options(option)
@@ -112,8 +117,9 @@ def compress(
     if accounting not in ("file", "paper"):
         raise BadInput(f"--accounting {accounting}: choose file or paper")
     tables = methods.get(method).EMBEDDINGS | _options(embedding_option) if embedding_option else None
+    make = run if max_kl is None else partial(smallest, max_kl=max_kl)
     with Bars(_screen) as bars:
-        report = run(
+        report = make(
             base,
             finetuned,
             out,
@@ -145,6 +151,8 @@ def compress(
     print(f"{report.path}: {report.bytes:,} bytes, 1/{report.ratio:.2f} of the fine-tune, in {report.seconds:.1f} s")
     print(f"  {report.sites} matrices coded, {report.exact} tensors exact, {report.unchanged} unchanged")
     print(f"  relative error of the delta: {errors or 'none'}")
+    if report.kl is not None:
+        print(f"  KL {report.kl:.3g} nats a token on held-back text; {len(report.trials)} sizes tried")
     if told := report.distilled:
         print(f"  distilled: {distillation.words(told)}")
     print("  seconds: " + ", ".join(f"{name} {spent:.1f}" for name, spent in report.steps.items()))

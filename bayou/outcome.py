@@ -13,6 +13,7 @@ class Report:
 
     steps: seconds of each step. errors: relative Frobenius error of the delta by role, over all sites of it.
     distilled: what distilling came to, see distillation.training.Outcome; empty where there was none.
+    kl, trials: of `smallest` (--max-kl): the file's KL on held-back text, and each (ratio, KL) that was tried.
     """
 
     path: str
@@ -26,6 +27,8 @@ class Report:
     steps: dict[str, float] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     distilled: dict[str, Any] = field(default_factory=dict)
+    kl: float | None = None
+    trials: list[tuple[float, float | None]] = field(default_factory=list)
 
     def json(self) -> dict[str, Any]:
         """The report as plain data."""

@@ -49,7 +49,7 @@ ORDER = (
     ),
     *("restore", "moments", "standins", "calibrate", "momentfiles", "attached", "borrowed", "attach"),
     *("schedule", "objective", "distillation", "preflight"),
-    *("ahead", "workers", "turns", "spending", "encoder", "exact", "compress", "evaluate", "report"),
+    *("ahead", "workers", "turns", "spending", "encoder", "exact", "compress", "evaluate", "smallest", "report"),
     *("sharing", "load", "share", "comparison", "serving", "integrations", "benchmarks", "cli"),
 )
 ENTRANCES = ("__init__", "__main__")  # may import any module; no module imports them
