@@ -81,14 +81,16 @@ def test_they_compile_for_an_h100(name: str, types: list, fixed: dict, tmp_path:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bayou.kernels import decode_loops, entries, packed_loops
+    from bayou.kernels import decode_loops, entries, packed_loops, packed_panels
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     if name == "attend":
         fixed = fixed | {"WIDE_D": fixed["D"], "WIDE_E": fixed["E"], "QUERIES": 16, "BLOCK": 64}
     if name in ("attend", "product"):
         fixed = fixed | {"DOT": triton.language.bfloat16}
-    kernel = next(getattr(part, name) for part in (decode_loops, entries, packed_loops) if hasattr(part, name))
+    kernel = next(
+        getattr(part, name) for part in (decode_loops, entries, packed_loops, packed_panels) if hasattr(part, name)
+    )
     free = iter(types)
     signature = {word: "constexpr" if word in fixed else next(free) for word in kernel.arg_names}
     assert next(free, None) is None

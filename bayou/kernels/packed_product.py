@@ -153,7 +153,7 @@ def launch(
     """One launch of table.stages; returns the number of programs. chosen: tiles of shrink, of others."""
     import triton.language as tl
 
-    from bayou.kernels import packed_loops
+    from bayou.kernels import packed_loops, packed_panels
 
     segments = slots.shape[0]
     shrink, rest = chosen or choice(table.key, segments, most)
@@ -169,7 +169,7 @@ def launch(
     lines = [panels.get(width, scratch) for width in (1, 2, 4, 8)]
     if stage in ("inputs", "ranks"):
         spreads = x.shape[0] * (wide // CHUNK)
-        packed_loops.spread[(x.shape[0], wide // CHUNK)](
+        packed_panels.spread[(x.shape[0], wide // CHUNK)](
             source,
             source.stride(-2),
             places.t.stride(0),

@@ -337,7 +337,7 @@ class _Draft:
 
 
 def panel_line(cols: int, width: int) -> int:
-    """16-bit numbers of a row's line in the panel that codes of a width multiply; see packed_loops.spread."""
+    """16-bit numbers of a row's line in the panel that codes of a width multiply; see packed_panels.panel."""
     span, wide = 256 if width == 1 else 128, -(-cols // CHUNK) * CHUNK
     chunks = wide // span
     return chunks * span * (2 if width == 8 else 1) + -(-chunks * 4 // 8) * 8
