@@ -12,12 +12,13 @@ step() { # name, seconds at most, command
   timeout "$limit" "$@" > "$work/$name.log" 2>&1
   echo "$name: exit $? after $((SECONDS - began)) s" | tee -a "$work/steps.log"
 }
-test_() { python3 -m pytest -q -p no:cacheprovider "$@"; }
+# Some images' pytest-benchmark refuses to run beside xdist.
+test_() { python3 -m pytest -q -p no:cacheprovider -p no:benchmark -n 8 "$@"; }
 export -f test_
-step product-few 180 bash -c 'test_ -x tests/test_kernels_product.py -k "compiled and (2g128z or tile or 8r or f16)"'
+step product 400 bash -c 'test_ tests/test_kernels_product.py'
+step steps 240 bash -c 'test_ tests/test_kernels_step.py tests/test_serving_decode.py'
 step gptq 120 bash -c 'test_ tests/test_moments.py tests/test_kernels.py'
 step compress-2 180 python3 -m bayou bench compress --layers 2 --plain --keep "$work/two.bayou" --out "$out/compress-2-layers-h100.json"
-step product 400 bash -c 'test_ tests/test_kernels_product.py -k compiled'
 step kernels-quick 240 python3 -m bayou bench kernels --quick --file "$work/two.bayou" --out "$out/kernels-quick-h100.json"
 step load 120 python3 -m bayou bench load --out "$out/load-h100.json"
 step compress 300 python3 -m bayou bench compress --out "$out/compress-h100.json"
