@@ -100,7 +100,8 @@ class AttachedLinear(_Attached):
         """x (..., in) -> (..., out)."""
         if self.gain == 1 and self.aligned:
             y: Tensor = self.inner(x)
-            if self.delta.terms and suits(x) and not y.requires_grad and y.is_contiguous() and y.dtype == x.dtype:
+            alike = y.is_contiguous() and y.dtype == x.dtype and not y.requires_grad
+            if alike and type(self.delta) is Delta and self.delta.terms and suits(x):
                 return one_delta(self.delta, x, onto=y)
             return y + self.delta.apply(x)
         bias: Tensor | None = getattr(self.inner, "bias", None)

@@ -130,7 +130,8 @@ class Encoder:
             self._old, self._new = self.base, self.tuned
         self.workers.wait()
         if spending:
-            journal.put(end, b"", 0.0)
+            if self.workers.first:
+                journal.put(end, b"", 0.0)
             self.sites = [self._record(journal, index) for index in range(len(self.sites))]
         self.errors = {index: _done(journal, index)[1] for index in range(len(self.sites))}
 

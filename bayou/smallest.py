@@ -91,8 +91,9 @@ def smallest(
 ) -> Report:
     """Write the smallest file `out` whose KL(fine-tune || file) is at most `max_kl`; the arguments are compress's.
 
-    The KL is measured on a ninth of the calibration text's windows, which calibrates nothing. The report's `kl` is the
-    file's, its `trials` are all (ratio, KL) that were tried, None for a ratio that the method cannot reach.
+    The KL is measured on a ninth of the calibration text's windows, which calibrates nothing. distill is minutes for
+    each file that is tried. The report's `kl` is the file's, its `trials` are all (ratio, KL) that were tried, None for
+    a ratio that the method cannot reach.
 
     Raises:
         BadInput: a bound that is no positive number, a method of one size or without loss, no text (calibration
@@ -106,6 +107,8 @@ def smallest(
     preflight.check_device(device)
     tuned = Checkpoint(resolve(finetuned, revision))
     folder = resolve(base, base_revision)
+    for place in (folder, tuned.folder):
+        preflight.check_output(out, place)
     model = skeleton.build(tuned.folder)
     asked = (32_768 if device == "cpu" else 262_144) if tokens is None else tokens
     source = None if calibration is None else Path(calibration)
@@ -119,10 +122,10 @@ def smallest(
     teacher = read_model(tuned.folder, device).to(dtype)
     trials: list[Trial] = []
     best: Report | None = None
-    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.parent) as place:
-        moments = _moments(place, tuned, kept, method, device, options)
+    with tempfile.TemporaryDirectory(prefix=out.name + ".", dir=out.parent) as folder_of_trials:
+        moments = _moments(folder_of_trials, tuned, kept, method, device, options)
         while len(trials) < TRIALS and (ratio := next_ratio(trials, max_kl)) is not None:
-            trial = Path(place) / f"{len(trials)}.bayou"
+            trial = Path(folder_of_trials) / f"{len(trials)}.bayou"
             try:
                 report = compress(
                     base,
@@ -145,16 +148,13 @@ def smallest(
             kl = _measured(folder, trial, teacher, held, dtype, device)
             trials.append((ratio, kl))
             if kl <= max_kl and (best is None or report.bytes < best.bytes):
-                os.replace(trial, out)
+                os.replace(trial, Path(folder_of_trials) / "best")
                 best = replace(report, path=str(out), kl=kl)
             else:
                 trial.unlink()
-    if best is None:
-        ratio, kl = min(trials, key=lambda trial: trial[1])
-        raise BadInput(
-            f"no file of {method} has a KL of {max_kl:g} or less here; the best that was tried, 1/{ratio:.2f} of the "
-            f"fine-tune, has {kl:.3g}. Raise --max-kl, or choose another method: exact has no loss"
-        )
+        if best is None:
+            raise BadInput(_none(method, max_kl, trials))
+        os.replace(Path(folder_of_trials) / "best", out)
     told = [(ratio, None if kl == math.inf else kl) for ratio, kl in trials]
     return replace(best, trials=told, seconds=time.perf_counter() - started)
 
@@ -168,11 +168,27 @@ def _check(max_kl: float, method: str, calibration: str | Path | None, options: 
         raise BadInput("--max-kl is measured on the calibration's text; leave --calibration none out, or give a text")
     if options.get("ratio") is not None or options.get("budget") is not None:
         raise BadInput("--max-kl chooses the size itself; leave --ratio and --budget out")
+    if calibration is None and (options.get("distill") or options.get("distill_steps")):
+        raise BadInput("--max-kl with distilling needs a text of yours: give --calibration FILE")
     if options.get("accounting", "file") != "file":
         raise BadInput("--max-kl goes by the file's bytes; leave --accounting paper out")
     with workers.joined() as here:
         if here.count > 1:
             raise BadInput(f"--max-kl runs in one process, not in {here.count}; start it without torchrun")
+
+
+def _none(method: str, max_kl: float, trials: Sequence[Trial]) -> str:
+    """Why there is no file."""
+    ratio, kl = min(trials, key=lambda trial: trial[1])
+    found = f"the best that was tried, 1/{ratio:.2f} of the fine-tune, has {kl:.3g}"
+    if kl == math.inf:
+        found = (
+            f"none of the {len(trials)} sizes that were tried, down to 1/{ratio:.2f}, can be made or has a KL at all"
+        )
+    return (
+        f"no file of {method} has a KL of {max_kl:g} or less here; {found}. "
+        "Raise --max-kl, or choose another method: exact has no loss"
+    )
 
 
 def _moments(
@@ -194,4 +210,4 @@ def _measured(base: Path, file: Path, teacher: torch.nn.Module, held: Tensor, dt
     student = load(base, file, dtype=dtype, device=device)
     with torch.inference_mode():
         _, kl = objective.measure(student, held, teacher, batch=1 if device == "cpu" else 8)
-    return kl
+    return kl if math.isfinite(kl) else math.inf

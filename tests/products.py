@@ -178,6 +178,25 @@ def scaled(device: str) -> float:
     return product([[terms]], [(70, 256)], [(0, 5)], device)
 
 
+def crowded(table: Table) -> None:
+    """What a table does not keep alive is written over."""
+    crowded.held = [  # type: ignore[attr-defined]
+        torch.full((size,), -1, dtype=torch.int32, device=table.device) for size in (16, 640, 1024, 2048, 4096) * 60
+    ]
+
+
+def shrunk(device: str) -> float:
+    """A slot's tenant gives way to one of fewer ranks, in two terms; rows of none and of the base are between."""
+    shape = (20, 256)
+    many = (lowrank(shape, bands(300), device), dense("3r", shape, device))
+    few = (lowrank(shape, [(5, "2g128z", "2g128z")], device, 4), lowrank(shape, [(3, "f16", "bf16")], device, 5))
+
+    def write(table: Table) -> None:
+        table.write(0, [few])
+
+    return product([[many]], [shape], [(0, 3), (0, 0), (-1, 2), (0, 1)], device, write=write)
+
+
 def rewritten(device: str) -> float:
     """A slot is given to another tenant, and one is cleared."""
     shape = (40, 128)
@@ -245,6 +264,15 @@ def small() -> dict[str, Case]:
     cases["four bits in a run"] = lambda device: one(
         lowrank((70, 128), [(128, "4g128z", "4g128z")] * 3, device), (70, 128), 2, device
     )
+    for name, blocks in {
+        "three bits in a run": [(128, "3g128z", "3g128z")] * 3,
+        "one bit after another": [(2, "f16", "f16"), (256, "1r", "1r"), (130, "8r", "8g128z")],
+        "wide groups": [(130, "8g256z", "8g256z"), (140, "4g384z", "2g256z"), (20, "8r", "8")],
+    }.items():
+        cases[name] = lambda device, blocks=blocks: one(  # type: ignore[misc]
+            lowrank((40, 256), blocks, device), (40, 256), 2, device, write=crowded
+        )
+    cases["two terms and a shrunk tenant"] = shrunk
     cases["channel scales"] = scaled
     cases["rewritten"] = rewritten
     cases["unpacked"] = unpacked(torch.float32)

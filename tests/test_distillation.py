@@ -71,6 +71,15 @@ def test_what_the_report_says_is_so_of_the_file(base: Path, tuned: Path, tmp_pat
     assert told["curve"][0] == (0, told["before"]) and min(value for _, value in told["curve"]) == told["after"]
 
 
+def test_what_is_trained_never_goes_through_the_kernels(
+    base: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU they would suit; they know nothing of gradients."""
+    monkeypatch.setattr("bayou.attached.suits", lambda _: True)
+    monkeypatch.setattr("bayou.attached.one_delta", lambda *_, **__: pytest.fail("a kernel was asked for"))
+    assert bayou.compress(base, tuned, tmp_path / "a", **FEW, distill_steps=3).distilled["steps"] == 3
+
+
 def test_norms_are_trained_and_keep_their_dtype(base: Path, tuned: Path, tmp_path: Path) -> None:
     bayou.compress(base, tuned, tmp_path / "plain", **FEW)
     bayou.compress(base, tuned, tmp_path / "a", **FEW, distill_steps=40)

@@ -10,6 +10,7 @@ import torch
 from bayou.delta import Delta
 from bayou.errors import BadInput
 from bayou.kernels import packed_product, tuning
+from bayou.kernels.one_delta import one_delta
 from bayou.kernels.table import Table
 
 LIMIT = 2e-3
@@ -93,6 +94,28 @@ def test_the_reference_leaves_out_the_base_s_rows_and_sums_the_terms() -> None:
     wanted = x[:2].double() @ Delta(shape, terms).materialize().T
     torch.testing.assert_close(out[:2].double(), wanted, rtol=1e-4, atol=1e-4)
     assert not out[2:].any()
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_one_delta_adds_onto_what_is_there(rows: int) -> None:
+    delta = Delta((20, 64), (products.lowrank((20, 64), products.bands(40), "cpu"),))
+    x, y = torch.randn(2, rows, 64), torch.randn(2, rows, 20)
+    wanted = y.double() + x.double() @ delta.materialize().T
+    assert one_delta(delta, x).shape == (2, rows, 20)
+    torch.testing.assert_close(one_delta(delta, x, onto=y).double(), wanted, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(y.double(), wanted, rtol=1e-3, atol=1e-3)
+
+
+def test_a_table_in_use_refuses_new_formats_and_scratch_of_before() -> None:
+    shape = (40, 256)
+    first, other = ([(products.lowrank(shape, [(40, spec, spec)], "cpu"),)] for spec in ("2r", "8r"))
+    table = Table([shape], 1, [first], "cpu")
+    scratch = table.scratch(3)
+    with pytest.raises(BadInput, match="number formats that the table was not made for"):
+        table.write(0, other, grow=False)
+    assert not table.write(0, first, grow=False) and table.write(0, other)
+    with pytest.raises(ValueError, match="before the table's formats grew"):
+        packed_product.Scratch(table, scratch, 3)
 
 
 def test_a_table_refuses_what_does_not_fit_it() -> None:

@@ -92,10 +92,22 @@ def test_what_cannot_be_done_is_refused(pair: tuple[Path, Path], tmp_path: Path)
         ({"max_kl": 1.0, "accounting": "paper"}, "leave --accounting paper out"),
         ({"max_kl": 1e-9, "options": {"bands": "1"}}, "no file of deltacome has a KL of 1e-09 or less here; the best"),
         ({"max_kl": 1.0, "tokens": 64}, "the text has 1 windows of 64 tokens"),
+        ({"max_kl": 1.0, "distill_steps": 5}, "--max-kl with distilling needs a text of yours"),
+        ({"max_kl": 1.0, "out": tuned / "model.safetensors"}, "is a file of the model in"),
+        ({"max_kl": 1.0, "out": tmp_path / "no" / "a"}, "is not a folder; make it first"),
     ):
         with pytest.raises(BadInput, match=words):
-            smallest(base, tuned, out, **(FEW | how))  # type: ignore[arg-type]
+            smallest(base, tuned, **({"out": out} | FEW | how))  # type: ignore[arg-type]
     assert out.read_bytes() == b"old" and list(tmp_path.iterdir()) == [out]
+
+
+def test_a_kl_that_is_no_number_counts_as_none(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayou.objective.measure", lambda *_, **__: (0.0, math.nan))
+    with pytest.raises(BadInput, match="can be made or has a KL at all"):
+        smallest(*pair, tmp_path / "a", 1.0, **FEW)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_says_what_it_found(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -46,15 +46,15 @@ def one_delta(delta: Any, x: Tensor, onto: Tensor | None = None) -> Tensor:
     rows = given.shape[0]
     many = rows >= MANY and x.dtype != torch.float32
     if onto is not None:
-        out = onto.view(rows, -1)
+        out = onto.view(rows, delta.shape[0])
     else:
         out = (given.new_empty if many else given.new_zeros)(rows, delta.shape[0])
     if many:
         product(table, given, [out], keep=onto is not None)
-        return out.view(*x.shape[:-1], -1)
+        return out.view(*x.shape[:-1], delta.shape[0])
     if rows:
         given = given if given.stride(1) == 1 else given.contiguous()
         if rows not in offsets:
             offsets[rows] = torch.tensor([0, rows], dtype=torch.int32, device=x.device)
         packed_product(table, given, offsets[rows], slot, [out], most=rows, scratch=table.scratch(rows))
-    return out.view(*x.shape[:-1], -1)
+    return out.view(*x.shape[:-1], delta.shape[0])

@@ -136,6 +136,10 @@ class Scratch:
                 size = 2 * 2 * rows * panel_line(cols, width)
                 self.panels[stage][width] = memory[used : used + size].view(torch.bfloat16)
                 used += size
+        if used > memory.numel():
+            raise ValueError(
+                f"scratch of {memory.numel()} bytes was made before the table's formats grew: {used} needed"
+            )
 
 
 def launch(

@@ -132,13 +132,17 @@ class Table:
             nbytes += sum(2 * 2 * rows * panel_line(cols, width) for width in self.widths(stage))
         return torch.empty(nbytes + 16 * 16, dtype=torch.uint8, device=self.device)
 
-    def write(self, slot: int, deltas: Sequence[Terms]) -> bool:
+    def write(self, slot: int, deltas: Sequence[Terms], grow: bool = True) -> bool:
         """Give `slot` to a tenant: the terms of each projection, none at all for a base's own.
 
         Returns whether CUDA graphs must be captured anew, which is when these deltas use number formats that none of
-        `like` and of those written before did. Raises BadInput if they are larger than `like` or lie elsewhere.
+        `like` and of those written before did. Raises BadInput if they are larger than `like` or lie elsewhere; without
+        `grow` also for new formats, which a product that runs meanwhile in another thread would take halfway.
         """
         draft = self._draft(deltas)
+        new = any(loops & ~self.loops[stage] for stage, loops in draft.loops.items()) or draft.scaled > self.scaled
+        if new and not grow:
+            raise BadInput(f"the deltas for slot {slot} have number formats that the table was not made for")
         longer = any(len(draft.records[stage]) > records.shape[1] for stage, (records, _) in self.lists.items())
         if longer or draft.ranks > self.ranks or max((end for _, end in draft.spans), default=0) > self.packed_ranks:
             raise BadInput(f"the deltas for slot {slot} have more ranks or blocks than the table was made for")
@@ -220,7 +224,8 @@ class _Draft:
                 raise BadInput(f"a block of {u.shape} times {v.shape} was given for a projection of {shape}")
             run = [u for u, _ in blocks[first:last]]
             record = self._record("expand", u, term.gain, scale_out=scale_out, run=run)
-            self.ranks = -(-self.ranks // BLOCK) * BLOCK  # chunks of a panel begin there
+            span = CHUNK if u.spec.bits == 1 else BLOCK  # chunks of a panel begin there
+            self.ranks = -(-self.ranks // span) * span
             record[13], record[22] = self.ranks, self.packed_ranks
             self.records["expand"].append(record)
             for _, part in blocks[first:last]:
@@ -232,14 +237,15 @@ class _Draft:
                 self.packed_ranks += part.shape[0]
 
     def _single(self, packed: Packed) -> Packed:
-        """Codes of 3 bits, which lie in two planes, as codes of 4 in one; of 5 to 7 bits as codes of 8."""
+        """Codes of 3 bits, which lie in two planes, as codes of 4 in one; of 5 to 7 bits as codes of 8. Kept alive."""
         bits = packed.spec.bits
         if len(PLANES.get(bits, ())) < 2:
             return packed
         wide = replace(packed.spec, bits=4 if bits == 3 else 8)
         middle = 0 if packed.spec.zeros else (1 << (wide.bits - 1)) - (1 << (bits - 1))
         scales = packed.parts[len(PLANES[bits])] if packed.spec.groups(packed.shape[1]) else None
-        return Packed.codes(packed.raw_codes() + middle, wide, scales, packed.zero_points())
+        self.kept.append(Packed.codes(packed.raw_codes() + middle, wide, scales, packed.zero_points()))
+        return self.kept[-1]
 
     def _scale(self, scale: Tensor | None) -> int:
         if scale is None:

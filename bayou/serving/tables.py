@@ -66,10 +66,9 @@ class DeltaTable:
 
     def _write_terms(self, line: int, terms: list[tuple[Term, ...]]) -> None:
         old = self.deltas
-        with contextlib.suppress(BadInput):  # which says that the table was made for smaller deltas
+        with contextlib.suppress(BadInput):  # which says that the table was made for smaller deltas, or other formats
             if old is not None:
-                if old.write(line, terms):
-                    self.changed()
+                old.write(line, terms, grow=False)
                 return
         every: dict[int, Any] = {i: each for i, each in enumerate(old.terms if old else ()) if any(each)}
         every[line] = terms
