@@ -120,6 +120,10 @@ class Bed:
                 state[n].copy_((self.base[n].float() + d).bfloat16())
         own = self.own_table if table is None else (self.base_table.float() + table).bfloat16().float()
         state[TABLE].copy_(own)
+        return self.scored(own)
+
+    def scored(self, own: Tensor) -> float:
+        """KL(fine-tune || model as it stands), nats an answer token; own: its embedding, which is its head."""
         total = count = 0.0
         for batch, hidden in zip(self.batches, self.reference, strict=True):
             for theirs, ours in zip(hidden.split(512), self._hidden(batch).split(512), strict=True):

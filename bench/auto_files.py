@@ -78,14 +78,7 @@ class Rows(Bed):
             reference = self.base.get(name, self.base_table)
             restored = file.delta(name).restore(reference.cpu(), torch.bfloat16)
             state[name].copy_(restored)
-        own = self.model.get_input_embeddings().weight
-        total = count = 0.0
-        for batch, hidden in zip(self.batches, self.reference, strict=True):
-            for theirs, ours in zip(hidden.split(512), self._hidden(batch).split(512), strict=True):
-                r, k = (theirs @ self.own_table.T).log_softmax(-1), (ours @ own.T).log_softmax(-1)
-                total += (r.exp() * (r - k)).sum().item()
-                count += len(r)
-        return total / count
+        return self.scored(self.model.get_input_embeddings().weight)
 
 
 def main() -> None:
